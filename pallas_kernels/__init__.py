@@ -1,2 +1,29 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
+"""The kernels of sparse attention with index reuse: arrays in, arrays out.
+
+Each op is a folder with the same files: `api.py` (the public function and its
+checks), `reference.py` (the definition, in plain XLA), one file for each
+further lowering, `shapes.py` (the shapes of real models). Letters in shapes:
+  B batch, T query tokens, S key tokens, N attention heads, I indexer heads,
+  D indexer head dim, C latent width, V value width, K index_topk.
+"""
+
+from pallas_kernels.grouped.api import grouped_matmul
+from pallas_kernels.indexer.api import (
+  indexer_scores,
+  indexer_topk,
+  selected_indexer_scores,
+)
+from pallas_kernels.sparse_attention.api import SparseMLAResiduals, sparse_mla
+from pallas_kernels.topk.api import top_k
+
+__all__ = [
+  "SparseMLAResiduals",
+  "grouped_matmul",
+  "indexer_scores",
+  "indexer_topk",
+  "selected_indexer_scores",
+  "sparse_mla",
+  "top_k",
+]

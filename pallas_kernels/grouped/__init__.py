@@ -1,0 +1,3 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped matrix products."""

@@ -1,0 +1,167 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The lightning indexer: scores, and the keys that they select.
+
+`score[t, s] = sum_i weight[t, i] relu(index_q[t, i] . index_k[s])`
+(DeepSeek-V3.2 technical report, equation 1), accumulated in float32.
+"""
+
+import jax
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.indexer import reference
+
+_ORDER: dict[str, tuple[str, ...]] = {}
+
+
+def indexer_scores(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  key_start: Int32[Array, "B T"],
+  key_end: Int32[Array, "B T"],
+  *,
+  implementation: str | None = None,
+) -> Float32[Array, "B T S"]:
+  """Scores every key; -inf where `key_start <= s < key_end` does not hold.
+
+  The result is T x S: call it on chunks of queries. Differentiable in the
+  first three arguments; what an invisible key holds, NaN too, touches nothing.
+
+  Args:
+    index_q: queries, rotated; their dtype is that of the products.
+    index_k: one key a token, shared by the heads.
+    index_weights: head weights, scale factors included.
+    key_start: first visible key of each query.
+    key_end: one past its last visible key.
+    implementation: "xla"; None: the best for this platform.
+
+  Returns:
+    Float32 scores.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  _check(index_q, index_k, index_weights, key_start, key_end)
+  return dispatch.run(
+    "indexer_scores",
+    {"xla": reference.indexer_scores},
+    _ORDER,
+    implementation,
+    index_q,
+    index_k,
+    index_weights,
+    key_start,
+    key_end,
+  )
+
+
+def indexer_topk(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  key_start: Int32[Array, "B T"],
+  key_end: Int32[Array, "B T"],
+  *,
+  k: int,
+  implementation: str | None = None,
+) -> Int32[Array, "B T {k}"]:
+  """Selects for each query the k visible keys of largest score.
+
+  Exact and deterministic; ties go to the lower index. Not differentiable: the
+  arguments are detached.
+
+  Args:
+    index_q: queries, rotated.
+    index_k: one key a token, shared by the heads.
+    index_weights: head weights, scale factors included.
+    key_start: first visible key of each query.
+    key_end: one past its last visible key.
+    k: index_topk.
+    implementation: "xla"; None: the best for this platform.
+
+  Returns:
+    Ascending indices; where fewer than k keys are visible, all of them and -1
+    behind. Memory beyond the result: below 1 GiB for any T and S, in chunks
+    of queries (one query's scores and their I x S products are the least).
+
+  Raises:
+    ValueError: k below 1, or shapes that do not fit.
+  """
+  _check(index_q, index_k, index_weights, key_start, key_end)
+  if k < 1:
+    raise ValueError(f"`k` (index_topk) must be at least 1: got {k}.")
+  index_q, index_k, index_weights = jax.lax.stop_gradient(
+    (index_q, index_k, index_weights)
+  )
+  return dispatch.run(
+    "indexer_topk",
+    {"xla": reference.indexer_topk},
+    _ORDER,
+    implementation,
+    index_q,
+    index_k,
+    index_weights,
+    key_start,
+    key_end,
+    k,
+  )
+
+
+def selected_indexer_scores(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  topk_indices: Int32[Array, "B T K"],
+  *,
+  implementation: str | None = None,
+) -> Float32[Array, "B T K"]:
+  """Scores the selected keys only; -inf where the index is -1.
+
+  Args:
+    index_q: queries, rotated.
+    index_k: one key a token, shared by the heads.
+    index_weights: head weights, scale factors included.
+    topk_indices: as `indexer_topk` returns them.
+    implementation: "xla"; None: the best for this platform.
+
+  Returns:
+    Float32 scores, differentiable in the first three arguments. Memory
+    beyond the result: chunks of queries, recomputed in the backward pass.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  _check(index_q, index_k, index_weights, topk_indices[..., 0])
+  return dispatch.run(
+    "selected_indexer_scores",
+    {"xla": reference.selected_indexer_scores},
+    _ORDER,
+    implementation,
+    index_q,
+    index_k,
+    index_weights,
+    topk_indices,
+  )
+
+
+def _check(index_q, index_k, index_weights, *per_query):
+  batch, queries, heads, dim = index_q.shape
+  if (index_k.shape[0], index_k.shape[-1]) != (batch, dim):
+    raise ValueError(
+      "`index_k` must have the batch and head dim of `index_q`: got"
+      f" index_k.shape={index_k.shape}, index_q.shape={index_q.shape}."
+    )
+  if index_weights.shape != (batch, queries, heads):
+    raise ValueError(
+      "`index_weights` must have one weight a query and head: got"
+      f" index_weights.shape={index_weights.shape},"
+      f" index_q.shape={index_q.shape}."
+    )
+  for array in per_query:
+    if array.shape != (batch, queries):
+      raise ValueError(
+        "`key_start`, `key_end` or `topk_indices` must have one row a query:"
+        f" got {array.shape}, index_q.shape={index_q.shape}."
+      )

@@ -1,0 +1,94 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of the lightning indexer, in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import chunking, numerics
+from pallas_kernels import rows as rows_lib
+from pallas_kernels.topk import reference as topk_reference
+
+
+def indexer_scores(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  key_start: Int32[Array, "B T"],
+  key_end: Int32[Array, "B T"],
+) -> Float32[Array, "B T S"]:
+  """All scores of a chunk of queries, head by head: no I x T x S array."""
+  keys = jnp.arange(index_k.shape[1])
+  is_visible = (keys >= key_start[..., None]) & (keys < key_end[..., None])
+  # Zeroed, lest the gradient of the queries meet 0 * NaN: keys that no query
+  # sees may hold anything.
+  is_seen = jnp.any(is_visible, axis=1)
+  index_k = jnp.where(is_seen[..., None], index_k, 0)
+
+  def add_head(scores, head):
+    index_q, weights = head
+    products = jnp.einsum(
+      "btd,bsd->bts",
+      index_q,
+      index_k,
+      preferred_element_type=jnp.float32,
+      precision=numerics.precision(index_q.dtype),
+    )
+    return scores + weights[..., None] * jax.nn.relu(products), None
+
+  heads = (jnp.moveaxis(index_q, 2, 0), jnp.moveaxis(index_weights, 2, 0))
+  scores, _ = jax.lax.scan(
+    add_head, jnp.zeros(is_visible.shape, jnp.float32), heads
+  )
+  return jnp.where(is_visible, scores, -jnp.inf)
+
+
+def indexer_topk(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  key_start: Int32[Array, "B T"],
+  key_end: Int32[Array, "B T"],
+  k: int,
+) -> Int32[Array, "B T {k}"]:
+  """Scores and selects, a chunk of queries at a time."""
+
+  def select(index_q, index_weights, key_start, key_end):
+    scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end)
+    return topk_reference.top_k(scores, k, None)
+
+  return chunking.map_query_chunks(
+    select,
+    (index_q, index_weights, key_start, key_end),
+    bytes_per_query=4 * index_k.shape[0] * index_k.shape[1],
+  )
+
+
+def selected_indexer_scores(
+  index_q: Float[Array, "B T I D"],
+  index_k: Float[Array, "B S D"],
+  index_weights: Float32[Array, "B T I"],
+  topk_indices: Int32[Array, "B T K"],
+) -> Float32[Array, "B T K"]:
+  """Scores of the selected keys."""
+
+  def score(index_q, index_weights, topk_indices):
+    is_selected = topk_indices >= 0
+    rows = rows_lib.gather_rows(index_k, topk_indices)
+    products = jnp.einsum(
+      "btid,btkd->btik",
+      index_q,
+      rows,
+      preferred_element_type=jnp.float32,
+      precision=numerics.precision(index_q.dtype),
+    )
+    scores = jnp.sum(index_weights[..., None] * jax.nn.relu(products), axis=2)
+    return jnp.where(is_selected, scores, -jnp.inf)
+
+  batch, _, heads, dim = index_q.shape
+  return chunking.map_query_chunks(
+    score,
+    (index_q, index_weights, topk_indices),
+    bytes_per_query=4 * batch * max(heads, dim) * topk_indices.shape[-1],
+  )

@@ -1,0 +1,82 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse multi-head latent attention over selected rows."""
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
+
+_ORDER: dict[str, tuple[str, ...]] = {}
+
+
+def sparse_mla(
+  query: Float[Array, "B T N C"],
+  kv_latent: Float[Array, "B S C"],
+  topk_indices: Int32[Array, "B T K"],
+  *,
+  scale: float,
+  value_dim: int,
+  return_residuals: bool = False,
+  implementation: str | None = None,
+) -> (
+  Float[Array, "B T N {value_dim}"]
+  | tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]
+):
+  """Attends to exactly the selected rows, in latent (absorbed) form.
+
+  `out[t, n] = softmax_k(scale query[t, n] . row_k) row_k[:value_dim]` over the
+  rows `kv_latent[topk_indices[t]]`, which all heads share; logits, softmax and
+  sums in float32. Source: DeepSeek-V3.2 technical report, section 2.1.
+
+  Args:
+    query: queries in the latent's space, key up-projection absorbed.
+    kv_latent: one row a token.
+    topk_indices: rows of each query, each at most once, -1 for none; in any
+      order.
+    scale: factor on the logits.
+    value_dim: leading columns of a row that are its value (kv_lora_rank).
+    return_residuals: also return `SparseMLAResiduals`.
+    implementation: "xla"; None: the best for this platform.
+
+  Returns:
+    Output in `query`'s dtype, zeros for a query without a row; with residuals
+    if asked. Differentiable in `query` and `kv_latent`. Memory beyond that:
+    chunks of queries, recomputed in the backward pass.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  _check(query, kv_latent, topk_indices, value_dim)
+  out, residuals = dispatch.run(
+    "sparse_mla",
+    {"xla": reference.sparse_mla},
+    _ORDER,
+    implementation,
+    query,
+    kv_latent,
+    topk_indices,
+    scale=scale,
+    value_dim=value_dim,
+  )
+  return (out, residuals) if return_residuals else out
+
+
+def _check(query, kv_latent, topk_indices, value_dim):
+  batch, _, _, width = query.shape
+  if (kv_latent.shape[0], kv_latent.shape[-1]) != (batch, width):
+    raise ValueError(
+      "`kv_latent` must have the batch and width of `query`: got"
+      f" kv_latent.shape={kv_latent.shape}, query.shape={query.shape}."
+    )
+  if topk_indices.shape[:2] != query.shape[:2]:
+    raise ValueError(
+      "`topk_indices` must have one row a query: got"
+      f" topk_indices.shape={topk_indices.shape}, query.shape={query.shape}."
+    )
+  if not 1 <= value_dim <= width:
+    raise ValueError(
+      "`value_dim` must be 1 to the latent's width: got"
+      f" value_dim={value_dim} for a width of {width}."
+    )

@@ -1,0 +1,50 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Exact top-k of rows, as ascending indices."""
+
+from jaxtyping import Array, Float32, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.topk import reference
+
+_IMPLEMENTATIONS = {"xla": reference.top_k}
+_ORDER: dict[str, tuple[str, ...]] = {}
+
+
+def top_k(
+  scores: Float32[Array, "*B S"],
+  k: int,
+  lengths: Int32[Array, "*B"] | None = None,
+  *,
+  implementation: str | None = None,
+) -> Int32[Array, "*B {k}"]:
+  """Selects the k largest scores of each row, exactly.
+
+  Equal scores go to the lower index, and -0.0 equals 0.0 (the ReLU of an
+  indexer makes both in bulk). -inf and NaN are never selected: -inf is how
+  `indexer_scores` marks a key that a query does not see.
+
+  Args:
+    scores: any float32 values.
+    k: indices wanted a row; may exceed S.
+    lengths: only the first `lengths` scores of a row count; None: all.
+      Whatever stands behind them is not read.
+    implementation: "xla"; None: the best for this platform.
+
+  Returns:
+    Indices in ascending order, -1 at the row's end where fewer than k scores
+    could be selected. Bit-equal from run to run.
+
+  Raises:
+    ValueError: k below 1, or shapes that do not fit.
+  """
+  if k < 1:
+    raise ValueError(f"`k` must be at least 1: got {k}.")
+  if lengths is not None and lengths.shape != scores.shape[:-1]:
+    raise ValueError(
+      "`lengths` must have one entry a row of `scores`: got"
+      f" lengths.shape={lengths.shape}, scores.shape={scores.shape}."
+    )
+  return dispatch.run(
+    "top_k", _IMPLEMENTATIONS, _ORDER, implementation, scores, k, lengths
+  )

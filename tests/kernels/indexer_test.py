@@ -1,0 +1,227 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from pallas_kernels import chunking
+from pallas_kernels.indexer import shapes
+from tests import tolerances
+from tests.kernels import errors, loops
+
+
+def inputs(shape, dtype=jnp.float32, seed=0, offset=None):
+  """Random arguments; query t sees keys up to t + offset."""
+  rng = np.random.default_rng(seed)
+  batch, queries, keys, heads, dim = shape[:5]
+  offset = keys - queries if offset is None else offset
+  end = np.clip(np.arange(queries) + 1 + offset, 0, keys)
+  return (
+    jnp.asarray(rng.normal(size=(batch, queries, heads, dim)), dtype),
+    jnp.asarray(rng.normal(size=(batch, keys, dim)), dtype),
+    jnp.asarray(rng.normal(size=(batch, queries, heads)), jnp.float32),
+    jnp.zeros((batch, queries), jnp.int32),
+    jnp.broadcast_to(jnp.asarray(end, jnp.int32), (batch, queries)),
+  )
+
+
+class IndexerTest(parameterized.TestCase):
+  IMPLEMENTATION = "xla"
+
+  def run_op(self, op, *args, **kwargs):
+    return jax.jit(
+      lambda *args: op(*args, implementation=self.IMPLEMENTATION, **kwargs)
+    )(*args)
+
+  def topk(self, args, k):
+    return np.asarray(self.run_op(pallas_kernels.indexer_topk, *args, k=k))
+
+  def check_selection(self, args, k):
+    """Selected scores are the k largest of the loop, to rounding."""
+    actual = self.topk(args, k)
+    expected = loops.indexer_scores(*args)
+    tolerance = tolerances.tolerance("float32", args[0].shape[-1] * 16)
+    for row in np.ndindex(actual.shape[:2]):
+      scores, chosen = expected[row], actual[row][actual[row] >= 0]
+      want = loops.select(scores, k)
+      want = want[want >= 0]
+      self.assertLen(chosen, len(want))
+      self.assertTrue(np.all(np.diff(chosen) > 0), row)
+      np.testing.assert_array_equal(actual[row][len(chosen) :], -1)
+      # Where rounding can't matter the sets are equal.
+      np.testing.assert_allclose(
+        np.sort(scores[chosen]), np.sort(scores[want]), **tolerance
+      )
+
+  @parameterized.parameters(
+    (shapes.SHAPES["tiny"],),
+    (shapes.Shape(1, 1, 77, 16, 24, 8),),
+    (shapes.Shape(3, 33, 33, 32, 8, 5),),
+    (shapes.Shape(1, 7, 130, 64, 16, 31),),
+  )
+  def test_equals_a_float64_loop(self, shape):
+    args = inputs(shape)
+    scores = self.run_op(pallas_kernels.indexer_scores, *args)
+    np.testing.assert_allclose(
+      scores,
+      loops.indexer_scores(*args),
+      **tolerances.tolerance("float32", shape.dim * shape.heads),
+    )
+    self.check_selection(args, shape.k)
+
+  def test_bfloat16_products_are_summed_in_float32(self):
+    shape = shapes.SHAPES["tiny"]
+    args = inputs(shape, jnp.bfloat16)
+    scores = self.run_op(pallas_kernels.indexer_scores, *args)
+    self.assertEqual(scores.dtype, jnp.float32)
+    np.testing.assert_allclose(
+      scores,
+      loops.indexer_scores(
+        *(np.asarray(x, np.float64) for x in args[:3]), *args[3:]
+      ),
+      **tolerances.tolerance("float32", shape.dim * shape.heads),
+    )
+
+  def test_segments(self):
+    q, k, w, _, end = inputs((1, 24, 24, 16, 8))
+    start = jnp.asarray([[0] * 9 + [9] * 2 + [11] * 13], jnp.int32)
+    self.check_selection((q, k, w, start, end), 6)
+
+  def test_queries_without_keys(self):
+    args = inputs((2, 12, 20, 16, 8), offset=-5)
+    self.check_selection(args, 4)
+    np.testing.assert_array_equal(self.topk(args, 4)[:, :5], -1)
+
+  def test_all_masked(self):
+    q, k, w, _, end = inputs((1, 5, 9, 16, 8))
+    np.testing.assert_array_equal(self.topk((q, k, w, end, end), 3), -1)
+
+  def test_k_of_at_least_all_keys(self):
+    for k in (20, 21, 40):
+      self.check_selection(inputs((1, 20, 20, 16, 8)), k)
+
+  def test_zero_scores_of_either_sign_tie_to_the_lower_index(self):
+    # Products below zero: every score is a sum of 0 times either sign.
+    q = -jnp.ones((1, 1, 16, 4))
+    k = jnp.ones((1, 30, 4))
+    w = jnp.asarray(
+      np.random.default_rng(0).normal(size=(1, 1, 16)), jnp.float32
+    )
+    start = jnp.zeros((1, 1), jnp.int32)
+    chosen = self.topk((q, k, w, start, start + 30), 7)
+    np.testing.assert_array_equal(chosen[0, 0], np.arange(7))
+
+  def test_nan_in_unseen_keys_touches_nothing(self):
+    q, k, w, start, end = inputs((1, 6, 16, 16, 8), offset=2)
+    poisoned = k.at[:, 8:].set(jnp.nan)
+
+    def loss(q, k, w):
+      scores = pallas_kernels.indexer_scores(
+        q, k, w, start, end, implementation=self.IMPLEMENTATION
+      )
+      return jnp.sum(jnp.where(scores > -jnp.inf, scores, 0.0) ** 2)
+
+    clean = jax.jit(jax.value_and_grad(loss, (0, 2)))(q, k, w)
+    dirty = jax.jit(jax.value_and_grad(loss, (0, 2)))(q, poisoned, w)
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    np.testing.assert_array_equal(
+      self.topk((q, k, w, start, end), 4),
+      self.topk((q, poisoned, w, start, end), 4),
+    )
+
+  def test_chunks_change_no_index(self):
+    args = inputs((2, 37, 64, 16, 8))
+    whole = self.topk(args, 9)
+    original = chunking.CHUNK_BYTES
+    self.addCleanup(setattr, chunking, "CHUNK_BYTES", original)
+    chunking.CHUNK_BYTES = 4 * 2 * 64 * 5
+    np.testing.assert_array_equal(self.topk(args, 9), whole)
+
+  def test_run_to_run_bit_equal(self):
+    args = inputs(shapes.SHAPES["tiny"])
+    first = self.topk(args, 8)
+    for _ in range(3):
+      np.testing.assert_array_equal(self.topk(args, 8), first)
+
+  def test_selected_scores_are_those_of_all_keys(self):
+    args = inputs((2, 13, 40, 16, 16), offset=3)
+    indices = self.topk(args, 8)
+    actual = self.run_op(
+      pallas_kernels.selected_indexer_scores, *args[:3], indices
+    )
+    every = np.asarray(self.run_op(pallas_kernels.indexer_scores, *args))
+    expected = np.where(
+      indices < 0, -np.inf, np.take_along_axis(every, indices.clip(0), -1)
+    )
+    np.testing.assert_allclose(
+      actual, expected, **tolerances.tolerance("float32", 16 * 16)
+    )
+
+  def test_gradients_of_both_forms_agree(self):
+    args = inputs((1, 11, 30, 16, 8), offset=9)
+    indices = jnp.asarray(self.topk(args, 40))  # Every visible key.
+
+    def loss(form, q, k, w):
+      scores = form(q, k, w)
+      return jnp.sum(jnp.where(scores > -jnp.inf, jnp.sin(scores), 0.0))
+
+    def every(q, k, w):
+      return pallas_kernels.indexer_scores(
+        q, k, w, *args[3:], implementation=self.IMPLEMENTATION
+      )
+
+    def selected(q, k, w):
+      return pallas_kernels.selected_indexer_scores(
+        q, k, w, indices, implementation=self.IMPLEMENTATION
+      )
+
+    grads = [
+      jax.jit(jax.grad(lambda *x, f=form: loss(f, *x), (0, 1, 2)))(*args[:3])
+      for form in (every, selected)
+    ]
+    tolerance = tolerances.tolerance("float32", 30 * 16, grads=True)
+    for a, b in zip(*grads, strict=True):
+      self.assertTrue(np.any(np.asarray(a)))
+      np.testing.assert_allclose(a, b, **tolerance)
+
+  def test_selection_has_no_gradient(self):
+    args = inputs((1, 4, 10, 16, 8))
+
+    def loss(q):
+      indices = pallas_kernels.indexer_topk(q, *args[1:], k=3)
+      return jnp.sum(indices.astype(jnp.float32)) + jnp.sum(q)
+
+    np.testing.assert_array_equal(jax.grad(loss)(args[0]), 1.0)
+
+  def test_holds_no_array_of_queries_by_keys(self):
+    shape = (1, 1 << 14, 1 << 14, 16, 8)
+    args = jax.eval_shape(lambda: inputs((*shape,)))
+    compiled = (
+      jax.jit(
+        lambda *args: pallas_kernels.indexer_topk(
+          *args, k=8, implementation=self.IMPLEMENTATION
+        )
+      )
+      .lower(*args)
+      .compile()
+    )
+    # One float32 array of T x S is 1 GiB.
+    self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 0.75 * 2**30)
+
+  def test_errors(self):
+    q, k, w, start, end = inputs((1, 4, 10, 16, 8))
+    with errors.unchecked():
+      with self.assertRaisesRegex(ValueError, r"index_k.shape=\(1, 10, 7\)"):
+        pallas_kernels.indexer_topk(q, k[..., :7], w, start, end, k=3)
+      with self.assertRaisesRegex(ValueError, r"weights.shape=\(1, 4, 15\)"):
+        pallas_kernels.indexer_scores(q, k, w[..., :15], start, end)
+      with self.assertRaisesRegex(ValueError, r"one row a query.*\(1, 3\)"):
+        pallas_kernels.indexer_topk(q, k, w, start[:, :3], end, k=3)
+      with self.assertRaisesRegex(ValueError, "index_topk.*got 0"):
+        pallas_kernels.indexer_topk(q, k, w, start, end, k=0)
+
+
+if __name__ == "__main__":
+  absltest.main()
