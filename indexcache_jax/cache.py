@@ -1,0 +1,80 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Caches of generation, which follow ownership.
+
+Every layer owns its latents; only a full layer owns index keys, so a reuse
+schedule removes the others' from memory.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from indexcache_jax import config as config_lib
+from indexcache_jax import types
+
+
+@flax.struct.dataclass
+class Cache:
+  """Rows of all past tokens, one array a layer so that updates are in place.
+
+  Attributes:
+    kv_latent: L arrays, a latent row a token.
+    index_keys: F arrays, those of the full layers in order.
+    lengths: tokens already in each sequence.
+  """
+
+  kv_latent: tuple[Float[Array, "B S C"], ...]
+  index_keys: tuple[Float[Array, "B S D"], ...]
+  lengths: Int32[Array, " B"]
+
+  @property
+  def capacity(self) -> int:
+    """S: tokens that fit."""
+    return self.kv_latent[0].shape[1]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of all rows."""
+    return sum(rows.nbytes for rows in (*self.kv_latent, *self.index_keys))
+
+
+def init_cache(
+  config: config_lib.SparseTransformerConfig, batch_size: int, capacity: int
+) -> Cache:
+  """Returns an empty cache for `capacity` tokens a sequence.
+
+  Memory: `B S (L C + F D)` elements of `config.dtype`.
+  """
+  if batch_size < 1 or capacity < 1:
+    raise ValueError(
+      "`batch_size` and `capacity` must be at least 1: got"
+      f" batch_size={batch_size}, capacity={capacity}."
+    )
+
+  def rows(width):
+    return jnp.zeros((batch_size, capacity, width), config.dtype)
+
+  return Cache(
+    kv_latent=tuple(
+      rows(config.latent_dim) for _ in range(config.num_hidden_layers)
+    ),
+    index_keys=tuple(
+      rows(config.index_head_dim) for _ in range(config.schedule.num_full)
+    ),
+    lengths=jnp.zeros((batch_size,), jnp.int32),
+  )
+
+
+def write_rows(
+  rows: Float[Array, "B S E"],
+  new: Float[Array, "B T E"],
+  positions: types.Positions,
+) -> Float[Array, "B S E"]:
+  """Writes `new` at `positions`; a position beyond the capacity is dropped.
+
+  A clamped write would overwrite the last token in silence.
+  """
+  write = jax.vmap(lambda r, n, p: r.at[p].set(n.astype(r.dtype), mode="drop"))
+  return write(rows, new, positions)

@@ -1,0 +1,165 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dense MLP and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+import pallas_kernels
+from indexcache_jax import config as config_lib
+from indexcache_jax import linear, types
+
+SparseTransformerConfig = config_lib.SparseTransformerConfig
+
+
+class Routing(NamedTuple):
+  """Experts of every token, and the weights of their outputs."""
+
+  experts: Int32[Array, "M topk"]
+  weights: Float32[Array, "M topk"]
+
+
+class DenseMLP(nn.Module):
+  """`down(silu(gate(x)) * up(x))`."""
+
+  config: SparseTransformerConfig
+  intermediate_size: int
+
+  @nn.compact
+  def __call__(self, hidden: types.Hidden) -> types.Hidden:
+    """Returns the block's output, without the residual."""
+    cfg = self.config
+    gate = linear.dense(cfg, self.intermediate_size, "gate_proj")(hidden)
+    up = linear.dense(cfg, self.intermediate_size, "up_proj")(hidden)
+    return linear.dense(cfg, hidden.shape[-1], "down_proj")(
+      jax.nn.silu(gate) * up
+    )
+
+
+class SparseMLP(nn.Module):
+  """Routed experts plus the shared ones."""
+
+  config: SparseTransformerConfig
+
+  @nn.compact
+  def __call__(self, hidden: types.Hidden) -> types.Hidden:
+    """Returns the block's output, without the residual."""
+    cfg = self.config
+    rows = hidden.reshape(-1, cfg.hidden_size)
+    routing = Router(cfg, name="gate")(rows)
+    routed = Experts(cfg, name="experts")(rows, routing).reshape(hidden.shape)
+    if not cfg.n_shared_experts:
+      return routed
+    width = cfg.moe_intermediate_size * cfg.n_shared_experts
+    return routed + DenseMLP(cfg, width, name="shared_experts")(hidden)
+
+
+class Router(nn.Module):
+  """Sigmoid routing in float32 with a correction bias that only selects."""
+
+  config: SparseTransformerConfig
+
+  @nn.compact
+  def __call__(self, rows: Float[Array, "M H"]) -> Routing:
+    """Returns the chosen experts and weights of each row."""
+    cfg = self.config
+    kernel = self.param(
+      "kernel",
+      nn.initializers.normal(cfg.initializer_range),
+      (cfg.hidden_size, cfg.n_routed_experts),
+      cfg.param_dtype,
+    )
+    bias = self.param(
+      "e_score_correction_bias",
+      nn.initializers.zeros,
+      (cfg.n_routed_experts,),
+      jnp.float32,
+    )
+    logits = jnp.matmul(
+      rows.astype(jnp.float32),
+      kernel.astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return route(logits, bias, cfg)
+
+
+def route(
+  logits: Float32[Array, "M E"],
+  correction_bias: Float32[Array, " E"],
+  config: SparseTransformerConfig,
+) -> Routing:
+  """Chooses experts by corrected sigmoid scores, weighs by uncorrected ones.
+
+  With several groups, the `topk_group` groups whose two best experts score
+  highest are kept first (DeepSeek-V3, section 2.1.2). Ties go to the lower
+  expert.
+  """
+  scores = jax.nn.sigmoid(logits)
+  corrected = scores + correction_bias
+  if config.n_group > 1:
+    grouped = corrected.reshape(
+      -1, config.n_group, logits.shape[-1] // config.n_group
+    )
+    group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    _, kept = jax.lax.top_k(group_scores, config.topk_group)
+    is_kept = jnp.any(
+      kept[:, :, None] == jnp.arange(config.n_group)[None, None], axis=1
+    )
+    corrected = jnp.where(is_kept[:, :, None], grouped, -jnp.inf)
+    corrected = corrected.reshape(logits.shape)
+  _, experts = jax.lax.top_k(corrected, config.num_experts_per_tok)
+  weights = jnp.take_along_axis(scores, experts, axis=-1)
+  if config.norm_topk_prob:
+    # 1e-20: the published guard against a sum of zero.
+    weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+  return Routing(experts, weights * config.routed_scaling_factor)
+
+
+class Experts(nn.Module):
+  """The routed experts, as three grouped matrix products."""
+
+  config: SparseTransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, rows: Float[Array, "M H"], routing: Routing
+  ) -> Float[Array, "M H"]:
+    """Returns the weighted sum of each row's experts."""
+    cfg = self.config
+    wide = (cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+    narrow = (wide[0], wide[2], wide[1])
+    gate, up, down = (
+      self.param(
+        name,
+        nn.initializers.normal(cfg.initializer_range),
+        shape,
+        cfg.param_dtype,
+      ).astype(cfg.dtype)
+      for name, shape in (
+        ("gate_proj", wide),
+        ("up_proj", wide),
+        ("down_proj", narrow),
+      )
+    )
+
+    def multiply(lhs, rhs, sizes):
+      # The platform's default: a model may pin "xla" or one kernel set for
+      # attention while no such lowering of the grouped product exists.
+      return pallas_kernels.grouped_matmul(lhs, rhs, sizes)
+
+    order = jnp.argsort(routing.experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(
+      routing.experts.reshape(-1), length=cfg.n_routed_experts
+    ).astype(jnp.int32)
+    sorted_rows = rows[order // cfg.num_experts_per_tok]
+    inner = jax.nn.silu(multiply(sorted_rows, gate, sizes)) * multiply(
+      sorted_rows, up, sizes
+    )
+    outputs = multiply(inner, down, sizes)[jnp.argsort(order)]
+    outputs = outputs.reshape(*routing.experts.shape, -1)
+    weighted = outputs.astype(jnp.float32) * routing.weights[..., None]
+    return weighted.sum(axis=1).astype(rows.dtype)

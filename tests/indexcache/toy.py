@@ -1,0 +1,53 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny model with non-trivial parameters, shared by the tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import indexcache_jax as ic
+
+LENGTH = 40  # Five times index_topk.
+
+
+def config(pattern="FFFF", **changes):
+  return ic.PRESETS["tiny"]().replace(
+    schedule=ic.ReuseSchedule.from_pattern(pattern), **changes
+  )
+
+
+@functools.lru_cache
+def full_params():
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = jax.jit(ic.SparseTransformer(config()).init)(
+    jax.random.key(1), tokens
+  )["params"]
+  key = iter(jax.random.split(jax.random.key(2), 1000))
+  # Norm scales and biases away from their trivial initial values.
+  return jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(next(key), x.shape), params
+  )
+
+
+def params_for(config):
+  """The full model's parameters without the indexers of shared layers."""
+  params = jax.tree.map(lambda x: x, full_params())
+  for layer in range(config.num_hidden_layers):
+    if not config.schedule.is_full(layer):
+      del params[f"layers_{layer}"]["self_attn"]["indexer"]
+  return params
+
+
+def random_tokens(batch=2, length=LENGTH, seed=0):
+  return jax.random.randint(
+    jax.random.key(seed), (batch, length), 0, 64, jnp.int32
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("kind",))
+def forward(config, params, tokens, kind="sparse", **kwargs):
+  return ic.SparseTransformer(config).apply(
+    {"params": params}, tokens, attention_kind=kind, **kwargs
+  )
