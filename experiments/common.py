@@ -1,0 +1,71 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every script needs: argument checks, atomic files, provenance."""
+
+import math
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+import jax.numpy as jnp
+
+import indexcache_jax as ic
+
+
+def reject_arguments(argv: list[str]) -> None:
+  """Raises ValueError for words that are not flags."""
+  if len(argv) > 1:
+    raise ValueError(
+      f"This script takes flags only: got {argv[1:]}. Try --help."
+    )
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+  """Writes a whole file or, if interrupted, nothing."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary.write_text(content, encoding="utf-8")
+  temporary.replace(path)
+
+
+def count_parameters(config: ic.SparseTransformerConfig) -> int:
+  """Parameters of a model, from shapes alone."""
+  shapes = jax.eval_shape(
+    ic.SparseTransformer(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 2), jnp.int32),
+  )
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def environment() -> dict[str, str]:
+  """Provenance of a result: device, versions, commit."""
+  return {
+    "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    "platform": jax.default_backend(),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "commit": _commit(),
+  }
+
+
+def _commit() -> str:
+  """Commit of this source tree, with "+" if it was changed since."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+
+  def git(*args):
+    return subprocess.run(
+      ["git", "-C", str(root), *args],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + (
+      "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"

@@ -1,0 +1,162 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Real text as token ids: files, tokenizer, split, windows.
+
+Every function is deterministic, and a training batch depends on the seed and
+the step alone, so that a resumed run needs no state of its data.
+"""
+
+import glob
+import os
+import pathlib
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+# Text -> token ids.
+Encode = Callable[[str], Sequence[int]]
+
+_BYTE_VOCAB = 256
+# One file in this many is held out of training and calibration.
+_HELD_OUT_EVERY = 10
+
+
+def standard_library_files() -> list[pathlib.Path]:
+  """Source files of this Python's standard library, its tests left out.
+
+  Real text that every machine has: about 10 MB of English and code.
+  """
+  root = pathlib.Path(sysconfig.get_path("stdlib"))
+  skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+  return [
+    path
+    for path in sorted(root.rglob("*.py"))
+    if not skipped & set(path.relative_to(root).parts)
+  ]
+
+
+def expand_files(patterns: Sequence[str]) -> list[pathlib.Path]:
+  """Files that match any of the globs, sorted; each pattern must match."""
+  found = set()
+  for pattern in patterns:
+    matches = [
+      pathlib.Path(match)
+      for match in glob.glob(os.path.expanduser(pattern), recursive=True)
+      if os.path.isfile(match)
+    ]
+    if not matches:
+      raise ValueError(
+        f"`text` must name files or globs that exist: got {pattern!r}, which"
+        f" matches no file from {os.getcwd()!r}."
+      )
+    found.update(matches)
+  return sorted(found)
+
+
+def split_files(
+  files: Sequence[pathlib.Path],
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Splits files into (training, held out) by a hash of their last two names.
+
+  Independent of where the files lie and of which others exist, so a model
+  trained on one machine is tested on another with text that it never saw.
+  """
+  held_out = [path for path in files if _hash(path) % _HELD_OUT_EVERY == 0]
+  training = [path for path in files if _hash(path) % _HELD_OUT_EVERY]
+  return training, held_out
+
+
+def load_encoder(checkpoint: str | os.PathLike, vocab_size: int) -> Encode:
+  """Returns the checkpoint's tokenizer, or bytes for a vocabulary of 256.
+
+  Args:
+    checkpoint: folder that may hold tokenizer.json.
+    vocab_size: of the model.
+  """
+  path = pathlib.Path(checkpoint) / "tokenizer.json"
+  if path.is_file():
+    try:
+      import tokenizers  # Optional: a byte-level model needs none.
+    except ImportError as error:
+      raise ValueError(
+        f"`checkpoint` has a tokenizer ({path.name}), which needs the package"
+        " `tokenizers`: install it, for example with `pip install tokenizers`."
+      ) from error
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+  if vocab_size != _BYTE_VOCAB:
+    raise ValueError(
+      "`checkpoint` must hold tokenizer.json unless its vocabulary is the 256"
+      f" bytes: got vocab_size={vocab_size} and no {path}. Copy the model's"
+      " tokenizer.json there."
+    )
+  return encode_bytes
+
+
+def encode_bytes(text: str) -> list[int]:
+  """UTF-8 bytes, the vocabulary of the embedded model."""
+  return list(text.encode("utf-8"))
+
+
+def decode_bytes(tokens: Iterable[int]) -> str:
+  """Inverse of `encode_bytes`; bytes that are no UTF-8 become U+FFFD."""
+  return bytes(int(token) for token in tokens).decode("utf-8", "replace")
+
+
+def load_tokens(
+  files: Sequence[pathlib.Path],
+  encode: Encode,
+  max_tokens: int | None = None,
+) -> Int32[np.ndarray, " tokens"]:
+  """Encodes files one after another, at most `max_tokens` in all."""
+  parts, total = [], 0
+  for path in files:
+    ids = np.asarray(
+      encode(path.read_text(encoding="utf-8", errors="replace")), np.int32
+    )
+    parts.append(ids)
+    total += len(ids)
+    if max_tokens is not None and total >= max_tokens:
+      break
+  if not total:
+    raise ValueError(
+      f"`text` must not be empty: got {len(files)} files without a token."
+    )
+  tokens = np.concatenate(parts)
+  return tokens if max_tokens is None else tokens[:max_tokens]
+
+
+def random_windows(
+  tokens: Int32[np.ndarray, " tokens"],
+  rng: np.random.Generator,
+  num_windows: int,
+  length: int,
+) -> Int32[np.ndarray, "{num_windows} {length}"]:
+  """Draws windows with replacement."""
+  _check_length(tokens, length)
+  starts = rng.integers(0, len(tokens) - length + 1, size=num_windows)
+  return np.stack([tokens[start : start + length] for start in starts])
+
+
+def spread_windows(
+  tokens: Int32[np.ndarray, " tokens"], num_windows: int, length: int
+) -> Int32[np.ndarray, "{num_windows} {length}"]:
+  """Takes windows at equal distances, from the first token to the last."""
+  _check_length(tokens, length)
+  starts = np.linspace(0, len(tokens) - length, num_windows).astype(np.int64)
+  return np.stack([tokens[start : start + length] for start in starts])
+
+
+def _check_length(tokens, length):
+  if len(tokens) < length:
+    raise ValueError(
+      f"`text` must have at least `context` tokens: got {len(tokens)} tokens"
+      f" for a context of {length}. Give more text or a smaller context."
+    )
+
+
+def _hash(path) -> int:
+  return zlib.crc32("/".join(path.parts[-2:]).encode())

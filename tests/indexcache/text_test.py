@@ -1,0 +1,109 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+import pathlib
+import tempfile
+
+import numpy as np
+from absl.testing import absltest
+
+from indexcache_jax import needles, text
+
+
+def temporary_folder(test):
+  folder = tempfile.TemporaryDirectory()
+  test.addCleanup(folder.cleanup)
+  return pathlib.Path(folder.name)
+
+
+class FilesTest(absltest.TestCase):
+  def test_standard_library_is_there_and_split_by_name(self):
+    files = text.standard_library_files()
+    self.assertGreater(len(files), 100)
+    training, held_out = text.split_files(files)
+    self.assertCountEqual(training + held_out, files)
+    self.assertBetween(len(held_out) / len(files), 0.05, 0.2)
+    moved = [
+      pathlib.Path("/elsewhere") / path.parent.name / path.name
+      for path in files
+    ]
+    _, moved_held_out = text.split_files(moved)
+    self.assertEqual(
+      [path.name for path in moved_held_out], [path.name for path in held_out]
+    )
+
+  def test_expands_globs(self):
+    folder = temporary_folder(self)
+    for name in ("b.txt", "a.txt", "c.md"):
+      (folder / name).write_text(name)
+    found = text.expand_files([str(folder / "*.txt")])
+    self.assertEqual([path.name for path in found], ["a.txt", "b.txt"])
+    with self.assertRaisesRegex(ValueError, "matches no file"):
+      text.expand_files([str(folder / "*.rst")])
+
+
+class TokensTest(absltest.TestCase):
+  def test_bytes_round_trip(self):
+    self.assertEqual(text.decode_bytes(text.encode_bytes("naïve ∑")), "naïve ∑")
+    self.assertEqual(text.decode_bytes([0xFF]), "\ufffd")
+
+  def test_loads_up_to_a_limit(self):
+    folder = temporary_folder(self)
+    (folder / "a").write_text("abc")
+    (folder / "b").write_text("defg")
+    files = [folder / "a", folder / "b"]
+    tokens = text.load_tokens(files, text.encode_bytes)
+    self.assertEqual(text.decode_bytes(tokens), "abcdefg")
+    self.assertLen(text.load_tokens(files, text.encode_bytes, 5), 5)
+    (folder / "empty").write_text("")
+    with self.assertRaisesRegex(ValueError, "1 files without a token"):
+      text.load_tokens([folder / "empty"], text.encode_bytes)
+
+  def test_windows(self):
+    tokens = np.arange(10, dtype=np.int32)
+    spread = text.spread_windows(tokens, 3, 4)
+    np.testing.assert_array_equal(spread[:, 0], [0, 3, 6])
+    rng = np.random.default_rng(0)
+    drawn = text.random_windows(tokens, rng, 50, 4)
+    self.assertEqual(set(drawn[:, 0].tolist()), set(range(7)))
+    with self.assertRaisesRegex(ValueError, "10 tokens for a context of 11"):
+      text.spread_windows(tokens, 1, 11)
+
+  def test_encoder_needs_a_tokenizer_above_the_bytes(self):
+    folder = temporary_folder(self)
+    self.assertIs(text.load_encoder(folder, 256), text.encode_bytes)
+    with self.assertRaisesRegex(ValueError, "vocab_size=1000 and no"):
+      text.load_encoder(folder, 1000)
+
+
+class NeedlesTest(absltest.TestCase):
+  def test_every_question_has_its_fact_before_it(self):
+    rng = np.random.default_rng(0)
+    window = np.full(400, ord("x"), np.int32)
+    hidden = needles.hide_needles(window, rng, 3)
+    self.assertLen(hidden, 400)
+    content = text.decode_bytes(hidden)
+    lines = [line for line in content.split("\n") if line.startswith("# the")]
+    lines = [line.rstrip("x") for line in lines]
+    self.assertLen(lines, 6)
+    self.assertCountEqual(lines[:3], lines[3:])
+
+  def test_needles_must_fit(self):
+    with self.assertRaisesRegex(ValueError, "9 of 28 bytes each for 300"):
+      needles.hide_needles(np.zeros(300, np.int32), np.random.default_rng(0), 9)
+
+  def test_batch_hides_at_the_depth(self):
+    windows = np.full((2, 200), ord("x"), np.int32)
+    batch = needles.needle_batch(
+      windows, np.random.default_rng(0), np.array([0.0, 1.0])
+    )
+    self.assertEqual(batch.prompts.shape, (2, 200))
+    for row, place in ((0, 0), (1, 200 - 23 - 28)):
+      content = text.decode_bytes(batch.prompts[row])
+      self.assertEqual(content.index("\n# the code of"), place)
+      answer = text.decode_bytes(batch.answers[row])
+      self.assertIn(f"is {answer}\n", content)
+      self.assertTrue(content.endswith(" is "))
+
+
+if __name__ == "__main__":
+  absltest.main()
