@@ -6,7 +6,7 @@ Claim: in the published order (dense attention; indexers alone on KL; sparse
 attention) a model of a few million parameters learns to find, under sparse
 attention, facts that lie many times `index_topk` away.
 
-  python -m experiments.train --output_dir=runs/small
+  python -m experiments.train --dtype=bfloat16 --output_dir=runs/small
 
 Expected: a folder with `checkpoint/` (Hugging Face format, read by
 `indexcache_jax.load_checkpoint`), `state/` (orbax; the same command resumes
@@ -46,8 +46,8 @@ _MULTI_LAYER = flags.DEFINE_bool(
 _CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of a sequence.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences of a step.")
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 2000, "Stage 0.")
-_WARMUP_STEPS = flags.DEFINE_integer("warmup_steps", 300, "Stage 1.")
-_SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 500, "Stage 2.")
+_WARMUP_STEPS = flags.DEFINE_integer("warmup_steps", 150, "Stage 1.")
+_SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 250, "Stage 2.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Its peak.")
 _INDEXER_LEARNING_RATE = flags.DEFINE_float(
   "indexer_learning_rate", 5e-3, "Of the warm-up."
@@ -66,19 +66,19 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny run of seconds.")
 def main(argv):
   """Trains, saves, and prints where the checkpoint is."""
   common.reject_arguments(argv)
+  # orbax tells every save in twenty lines; the progress bar says enough.
+  logging.set_verbosity(logging.WARNING)
   config, train = _configs()
   files = (
     text.expand_files(_TEXT.value)
     if _TEXT.value
-    else (text.standard_library_files())
+    else text.standard_library_files()
   )
   training_files, _ = text.split_files(files)
   tokens = text.load_tokens(training_files, text.encode_bytes)
-  logging.info(
-    "%d files, %d tokens, %s parameters",
-    len(training_files),
-    len(tokens),
-    f"{common.count_parameters(config):,}",
+  print(
+    f"{len(training_files)} files, {len(tokens):,} tokens,"
+    f" {common.count_parameters(config):,} parameters"
   )
   output_dir = pathlib.Path(_OUTPUT_DIR.value).absolute()
   state = run(config, train, tokens, output_dir)

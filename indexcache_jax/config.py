@@ -3,7 +3,7 @@
 """Frozen, checked configuration of a DSA transformer.
 
 Field names are those of the published `config.json` files, so that a reader of
-one can read the other; `checkpoint_config` translates the files themselves.
+one can read the other; `checkpoints` translates the files themselves.
 """
 
 import dataclasses

@@ -151,7 +151,7 @@ def glm_47_flash_dsa() -> SparseTransformerConfig:
 
 
 def small() -> SparseTransformerConfig:
-  """The embedded byte-level model: 16 layers, 6.7M parameters. All [ours].
+  """The embedded byte-level model: 12 layers, 5.5M parameters. All [ours].
 
   `index_topk` is 1/32 of the context that it is trained at, so that which
   keys a layer selects matters as it does at 2048 of 64K.
@@ -161,9 +161,9 @@ def small() -> SparseTransformerConfig:
     vocab_size=256,
     hidden_size=192,
     intermediate_size=512,
-    num_hidden_layers=16,
+    num_hidden_layers=12,
     num_attention_heads=4,
-    first_k_dense_replace=16,
+    first_k_dense_replace=12,
     q_lora_rank=96,
     kv_lora_rank=64,
     qk_nope_head_dim=32,
