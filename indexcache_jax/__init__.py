@@ -3,8 +3,15 @@
 """Sparse attention with cross-layer index reuse, in JAX."""
 
 from indexcache_jax.cache import Cache, init_cache
+from indexcache_jax.checkpoints import (
+  CheckpointError,
+  load_checkpoint,
+  load_config,
+  save_checkpoint,
+)
 from indexcache_jax.config import RopeConfig, SparseTransformerConfig
 from indexcache_jax.distillation import distillation_loss
+from indexcache_jax.embedded import embedded_checkpoint
 from indexcache_jax.generation import generate, prefill
 from indexcache_jax.layerwise import LayerwiseLoss, next_token_losses
 from indexcache_jax.methods import METHODS
@@ -19,6 +26,7 @@ __all__ = [
   "PRESETS",
   "Aux",
   "Cache",
+  "CheckpointError",
   "LayerwiseLoss",
   "ReuseSchedule",
   "RopeConfig",
@@ -27,9 +35,13 @@ __all__ = [
   "SparseTransformer",
   "SparseTransformerConfig",
   "distillation_loss",
+  "embedded_checkpoint",
   "generate",
   "greedy_search",
   "init_cache",
+  "load_checkpoint",
+  "load_config",
   "next_token_losses",
   "prefill",
+  "save_checkpoint",
 ]
