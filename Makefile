@@ -1,0 +1,53 @@
+# Two commands matter: `make sweep` and `make test`. Each sets up what it needs
+# in .venv. To use an environment that exists already (no network, say):
+#   make test PYTHON=python3
+
+PYTHON ?= .venv/bin/python
+SETUP = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
+ORACLE = .oracle/bin/python
+FLAGS ?=
+
+.PHONY: help setup sweep test lint format parity golden clean
+
+help:
+	@echo "make sweep    from a checkpoint to a reuse schedule (FLAGS='--checkpoint=...')"
+	@echo "make test     lint rules and tests, on the CPU"
+	@echo "make parity   compare with transformers on 30 fresh random models"
+	@echo "make lint     ruff's rules and format;  make format  applies them"
+	@echo "make golden   make the golden fixtures again"
+	@echo "make clean    remove what make made"
+
+setup: $(SETUP)
+
+sweep: $(SETUP)
+	$(PYTHON) -m experiments.sweep_schedules $(FLAGS)
+
+test: $(SETUP) lint
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(FLAGS)
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(SETUP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+parity: $(SETUP) $(ORACLE)
+	JAX_PLATFORMS=cpu $(PYTHON) -m tests.oracle.parity --oracle_python=$(ORACLE) $(FLAGS)
+
+golden: $(ORACLE)
+	$(ORACLE) -m tests.oracle.make_golden
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt tools/make_venv
+	tools/make_venv .venv 3.12 --editable '.[test]' --constraint constraints.txt
+	@touch $@
+
+# torch's CPU build is for Python 3.11 alone, which jax no longer supports, so
+# the oracle has an environment of its own.
+$(ORACLE): tests/oracle/requirements.txt tools/make_venv
+	tools/make_venv .oracle =3.11 --requirement tests/oracle/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .oracle .cache build dist *.egg-info runs sweep_output
