@@ -7,11 +7,30 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 
 import indexcache_jax as ic
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where an error was raised.")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a script's `main`; bad input ends in its message alone."""
+
+  def guarded(argv):
+    try:
+      main(argv)
+    except (ValueError, FloatingPointError) as error:
+      if _DEBUG.value:
+        raise
+      sys.exit(f"{type(error).__name__}: {error}")
+
+  app.run(guarded)
 
 
 def reject_arguments(argv: list[str]) -> None:

@@ -14,18 +14,21 @@ from it) and `tensorboard/`. `results/embedded_model/README.md` holds the
 command, device, run time and losses of the embedded model.
 """
 
+import dataclasses
 import json
 import pathlib
+import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 
 import indexcache_jax as ic
-from experiments import common
+from experiments import common, inputs
 from indexcache_jax import text, training
 
 _PRESET = flags.DEFINE_enum(
@@ -34,16 +37,14 @@ _PRESET = flags.DEFINE_enum(
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/train", "Where checkpoint, state and logs go."
 )
-_TEXT = flags.DEFINE_multi_string(
-  "text", [], "Files or globs; default: this Python's standard library."
-)
 _SCHEDULE = flags.DEFINE_string(
-  "schedule", None, "Pattern to train under, such as FSSF; default: all full."
+  "schedule",
+  "full",
+  "To train under: a pattern such as FSSF, full, uniform:4, freq:4, freq:4:3.",
 )
 _MULTI_LAYER = flags.DEFINE_bool(
   "multi_layer", True, "Distil every served layer into its full layer."
 )
-_CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of a sequence.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences of a step.")
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 2000, "Stage 0.")
 _WARMUP_STEPS = flags.DEFINE_integer("warmup_steps", 150, "Stage 1.")
@@ -55,12 +56,7 @@ _INDEXER_LEARNING_RATE = flags.DEFINE_float(
 _NEEDLE_FRACTION = flags.DEFINE_float(
   "needle_fraction", 0.25, "Share of sequences with hidden facts."
 )
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of activations."
-)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 200, "Steps between saves.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of weights and data.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "A tiny run of seconds.")
 
 
 def main(argv):
@@ -69,12 +65,7 @@ def main(argv):
   # orbax tells every save in twenty lines; the progress bar says enough.
   logging.set_verbosity(logging.WARNING)
   config, train = _configs()
-  files = (
-    text.expand_files(_TEXT.value)
-    if _TEXT.value
-    else text.standard_library_files()
-  )
-  training_files, _ = text.split_files(files)
+  training_files, _ = text.split_files(inputs.text_files())
   tokens = text.load_tokens(training_files, text.encode_bytes)
   print(
     f"{len(training_files)} files, {len(tokens):,} tokens,"
@@ -91,8 +82,8 @@ def main(argv):
 
 def run(config, train, tokens, output_dir):
   """Trains from the last saved step to the end; returns the final state."""
+  _check_same_run(output_dir, config, train, tokens)
   shard_batch, state = _place(training.init_state(config, train))
-  _check_same_run(output_dir, config, train)
   with (
     ocp.CheckpointManager(
       output_dir / "state", options=ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -119,17 +110,18 @@ def run(config, train, tokens, output_dir):
 
 def _configs():
   config = ic.PRESETS[_PRESET.value]()
-  context, batch_size = _CONTEXT.value, _BATCH_SIZE.value
+  context, batch_size = inputs.CONTEXT.value or 1024, _BATCH_SIZE.value
   steps = (_DENSE_STEPS.value, _WARMUP_STEPS.value, _SPARSE_STEPS.value)
-  if _SMOKE.value:
-    config = ic.PRESETS["tiny"]().replace(vocab_size=256)
+  if inputs.SMOKE.value:
+    config = ic.PRESETS["tiny"]().replace(vocab_size=256, num_hidden_layers=2)
     context, batch_size, steps = 192, 2, (2, 2, 2)
   changes = {
-    "dtype": jnp.dtype(_DTYPE.value),
+    "dtype": jnp.dtype(inputs.DTYPE.value),
     "max_position_embeddings": max(context, config.max_position_embeddings),
+    "schedule": ic.ReuseSchedule.parse(
+      _SCHEDULE.value, config.num_hidden_layers
+    ),
   }
-  if _SCHEDULE.value:
-    changes["schedule"] = ic.ReuseSchedule.from_pattern(_SCHEDULE.value)
   train = training.TrainConfig(
     context=context,
     batch_size=batch_size,
@@ -140,8 +132,8 @@ def _configs():
     indexer_learning_rate=_INDEXER_LEARNING_RATE.value,
     multi_layer=_MULTI_LAYER.value,
     needle_fraction=_NEEDLE_FRACTION.value,
-    num_needles=2 if _SMOKE.value else 4,
-    seed=_SEED.value,
+    num_needles=2 if inputs.SMOKE.value else 4,
+    seed=inputs.SEED.value,
   )
   return config.replace(**changes), train
 
@@ -158,17 +150,30 @@ def _place(state):
   )
 
 
-def _check_same_run(output_dir, config, train):
+def _check_same_run(output_dir, config, train, tokens):
   """Refuses to resume a run of other settings; records those of a new one."""
-  settings = json.dumps({"config": str(config), "train": str(train)}, indent=1)
+  settings = {
+    field.name: str(getattr(record, field.name))
+    for record in (config, train)
+    for field in dataclasses.fields(record)
+  }
+  checksum = zlib.crc32(np.ascontiguousarray(tokens))
+  settings["text"] = f"{len(tokens)} tokens, CRC-32 {checksum:08x}"
   path = output_dir / "settings.json"
-  if path.exists() and path.read_text() != settings:
-    raise ValueError(
-      f"`output_dir` must be of the same run or new: got {output_dir}, whose"
-      f" settings.json differs from this command's. Use another folder, or"
-      " remove it to start anew."
-    )
-  common.write_text(path, settings)
+  if path.exists():
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    differing = [
+      f"{name}={recorded.get(name)} there and {settings.get(name)} here"
+      for name in settings | recorded
+      if settings.get(name) != recorded.get(name)
+    ]
+    if differing:
+      raise ValueError(
+        f"--output_dir must be of the same run or new: got {output_dir}, whose"
+        f" settings.json has {'; '.join(differing)}. Use another folder, or"
+        " remove this one to start anew."
+      )
+  common.write_text(path, json.dumps(settings, indent=1))
 
 
 def _log(writer, bar, step, stage, metrics):
@@ -181,4 +186,4 @@ def _log(writer, bar, step, stage, metrics):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  common.run(main)

@@ -5,6 +5,8 @@
 import dataclasses
 import functools
 import json
+import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +68,10 @@ class ReuseSchedule:
       num_layers: if given, the length that it must have.
     """
     schedule = cls(pattern)
-    if num_layers is not None and len(pattern) != num_layers:
+    if num_layers is None:
+      return schedule
+    _check_count("num_layers", num_layers)
+    if len(pattern) != num_layers:
       raise ValueError(
         "`pattern` must have one letter a layer: got"
         f" {len(pattern)} letters ({pattern!r}) for num_layers={num_layers}."
@@ -78,9 +83,17 @@ class ReuseSchedule:
     cls, indexer_types: Sequence[str], num_layers: int | None = None
   ) -> "ReuseSchedule":
     """Reads transformers' list of "full" and "shared"."""
+    is_list = isinstance(indexer_types, Sequence) and not isinstance(
+      indexer_types, str
+    )
+    if not is_list or not indexer_types:
+      raise ValueError(
+        "`indexer_types` must be a list of 'full' or 'shared', one a layer: got"
+        f" {indexer_types!r}. For a string use `ReuseSchedule.from_pattern`."
+      )
     letters = []
     for place, name in enumerate(indexer_types):
-      if name not in _TYPES:
+      if not isinstance(name, str) or name not in _TYPES:
         raise ValueError(
           "`indexer_types` must consist of 'full' and 'shared': got"
           f" {name!r} at layer {place}."
@@ -96,7 +109,9 @@ class ReuseSchedule:
     """
     _check_count("num_layers", num_layers)
     _check_count("every", every)
-    return cls("".join("SF"[layer % every == 0] for layer in range(num_layers)))
+    return cls(
+      "".join("S" if layer % every else "F" for layer in range(num_layers))
+    )
 
   @classmethod
   def from_freq(
@@ -127,10 +142,30 @@ class ReuseSchedule:
       )
     return cls(
       "".join(
-        "SF"[max(layer - offset + 1, 0) % freq == 0]
+        "S" if max(layer - offset + 1, 0) % freq else "F"
         for layer in range(num_layers)
       )
     )
+
+  @classmethod
+  def parse(cls, text: str, num_layers: int) -> "ReuseSchedule":
+    """Reads what one types for a model of `num_layers` layers.
+
+    A pattern such as "FSSF"; "full"; "uniform:EVERY", see `uniform`; or
+    "freq:FREQ" and "freq:FREQ:OFFSET", see `from_freq`.
+    """
+    if text == "full":
+      return cls.all_full(num_layers)
+    if match := re.fullmatch(r"uniform:(\d+)", text):
+      return cls.uniform(num_layers, int(match[1]))
+    if match := re.fullmatch(r"freq:(\d+)(?::(\d+))?", text):
+      return cls.from_freq(num_layers, *(int(n) for n in match.groups() if n))
+    if ":" in text or not set(text) & set(_LETTERS):
+      raise ValueError(
+        "`schedule` must be a pattern such as 'FSSF', 'full', 'uniform:4',"
+        f" 'freq:4', or 'freq:4:3' with the offset: got {text!r}."
+      )
+    return cls.from_pattern(text, num_layers)
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "ReuseSchedule":
@@ -142,7 +177,8 @@ class ReuseSchedule:
     Args:
       config: with `num_hidden_layers` and any of the keys above.
     """
-    num_layers = config["num_hidden_layers"]
+    num_layers = config.get("num_hidden_layers")
+    _check_count("num_hidden_layers", num_layers)
     types = config.get("indexer_types")
     if types is not None and not isinstance(types, str):
       return cls.from_indexer_types(types, num_layers)
@@ -201,6 +237,11 @@ class ReuseSchedule:
 
   def is_full(self, layer: int) -> bool:
     """Whether the layer runs its indexer."""
+    if not _is_int(layer) or not 0 <= layer < self.num_layers:
+      raise ValueError(
+        f"`layer` must be one of the {self.num_layers} layers, 0 to"
+        f" {self.num_layers - 1}: got {layer!r}."
+      )
     return self.pattern[layer] == "F"
 
   def served_layers(self, layer: int) -> tuple[int, ...]:
@@ -248,7 +289,8 @@ class ReuseSchedule:
 
 
 def _is_int(value) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
+  """Whether the value counts; a NumPy integer does, a bool does not."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_count(name, value):

@@ -14,10 +14,12 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 # Text -> token ids.
 Encode = Callable[[str], Sequence[int]]
+# Token ids -> text.
+Decode = Callable[[Iterable[int] | Int[np.ndarray, " tokens"]], str]
 
 _BYTE_VOCAB = 256
 # One file in this many is held out of training and calibration.
@@ -76,6 +78,27 @@ def load_encoder(checkpoint: str | os.PathLike, vocab_size: int) -> Encode:
     checkpoint: folder that may hold tokenizer.json.
     vocab_size: of the model.
   """
+  tokenizer = _load_tokenizer(checkpoint, vocab_size)
+  if tokenizer is None:
+    return encode_bytes
+  return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def load_decoder(checkpoint: str | os.PathLike, vocab_size: int) -> Decode:
+  """Returns the inverse of `load_encoder`, which takes the same arguments.
+
+  Special tokens are written out: a generation that ended and went on shows it.
+  """
+  tokenizer = _load_tokenizer(checkpoint, vocab_size)
+  if tokenizer is None:
+    return decode_bytes
+  return lambda tokens: tokenizer.decode(
+    [int(token) for token in tokens], skip_special_tokens=False
+  )
+
+
+def _load_tokenizer(checkpoint, vocab_size):
+  """The tokenizer of a folder; None for one of bytes."""
   path = pathlib.Path(checkpoint) / "tokenizer.json"
   if path.is_file():
     try:
@@ -85,15 +108,14 @@ def load_encoder(checkpoint: str | os.PathLike, vocab_size: int) -> Encode:
         f"`checkpoint` has a tokenizer ({path.name}), which needs the package"
         " `tokenizers`: install it, for example with `pip install tokenizers`."
       ) from error
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizers.Tokenizer.from_file(str(path))
   if vocab_size != _BYTE_VOCAB:
     raise ValueError(
       "`checkpoint` must hold tokenizer.json unless its vocabulary is the 256"
       f" bytes: got vocab_size={vocab_size} and no {path}. Copy the model's"
       " tokenizer.json there."
     )
-  return encode_bytes
+  return None
 
 
 def encode_bytes(text: str) -> list[int]:
@@ -101,7 +123,7 @@ def encode_bytes(text: str) -> list[int]:
   return list(text.encode("utf-8"))
 
 
-def decode_bytes(tokens: Iterable[int]) -> str:
+def decode_bytes(tokens: Iterable[int] | Int[np.ndarray, " tokens"]) -> str:
   """Inverse of `encode_bytes`; bytes that are no UTF-8 become U+FFFD."""
   return bytes(int(token) for token in tokens).decode("utf-8", "replace")
 

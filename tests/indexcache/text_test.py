@@ -1,9 +1,12 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
+import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
+import tokenizers
 from absl.testing import absltest
 
 from indexcache_jax import needles, text
@@ -71,8 +74,35 @@ class TokensTest(absltest.TestCase):
   def test_encoder_needs_a_tokenizer_above_the_bytes(self):
     folder = temporary_folder(self)
     self.assertIs(text.load_encoder(folder, 256), text.encode_bytes)
-    with self.assertRaisesRegex(ValueError, "vocab_size=1000 and no"):
-      text.load_encoder(folder, 1000)
+    self.assertIs(text.load_decoder(folder, 256), text.decode_bytes)
+    for load in (text.load_encoder, text.load_decoder):
+      with self.assertRaisesRegex(ValueError, "vocab_size=1000 and no"):
+        load(folder, 1000)
+
+  def test_reads_the_checkpoints_tokenizer(self):
+    folder = temporary_folder(self)
+    vocab = {"<end>": 0, "index": 1, "cache": 2}
+    tokenizer = tokenizers.Tokenizer(
+      tokenizers.models.WordLevel(vocab, unk_token="<end>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # A tokenizer is taken even for a vocabulary as large as that of bytes.
+    for vocab_size in (3, 256):
+      encode = text.load_encoder(folder, vocab_size)
+      decode = text.load_decoder(folder, vocab_size)
+      self.assertEqual(encode("cache index"), [2, 1])
+      self.assertEqual(decode(np.array([2, 1, 0])), "cache index <end>")
+
+  def test_a_tokenizer_needs_its_package(self):
+    folder = temporary_folder(self)
+    (folder / "tokenizer.json").write_text("{}")
+    with (
+      mock.patch.dict(sys.modules, {"tokenizers": None}),
+      self.assertRaisesRegex(ValueError, "pip install tokenizers"),
+    ):
+      text.load_decoder(folder, 256)
 
 
 class NeedlesTest(absltest.TestCase):
