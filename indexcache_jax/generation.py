@@ -51,10 +51,21 @@ def prefill(
   size = tokens.shape[1] if chunk_size is None else chunk_size
   if size < 1:
     raise ValueError(f"`chunk_size` must be at least 1: got {chunk_size}.")
-  lengths = jnp.asarray(lengths, jnp.int32)
+  if tokens.shape[1] > cache.capacity:
+    raise ValueError(
+      "`tokens` must fit in `cache`: got"
+      f" {tokens.shape[1]} tokens for a capacity of {cache.capacity}. Make"
+      " the cache larger with `init_cache`."
+    )
+  lengths = np.asarray(lengths, np.int32)
+  if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+    raise ValueError(
+      f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of a row: got"
+      f" {lengths.tolist()}."
+    )
   logits = None
   for start in range(0, tokens.shape[1], size):
-    in_chunk = jnp.clip(lengths - start, 0, size)
+    in_chunk = jnp.asarray(np.clip(lengths - start, 0, size))
     new_logits, cache = _extend(
       model, params, tokens[:, start : start + size], in_chunk, cache
     )
@@ -103,21 +114,20 @@ def generate(
     model,
     params,
     jnp.asarray(tokens),
-    jnp.asarray(lengths),
+    lengths,
     cache,
     chunk_size=chunk_size,
   )
-  return np.asarray(
-    _decode(
-      model,
-      params,
-      logits,
-      cache,
-      jax.random.key(seed),
-      float(temperature),
-      max_new_tokens,
-    )
+  tokens, _ = _decode(
+    model,
+    params,
+    logits,
+    cache,
+    jax.random.key(seed),
+    float(temperature),
+    max_new_tokens,
   )
+  return np.asarray(tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(4,))
@@ -145,12 +155,13 @@ def _decode(model, params, logits, cache, key, temperature, num_tokens):
     return (logits[:, 0], aux.cache), token
 
   keys = jax.random.split(key, num_tokens)
-  _, tokens = jax.lax.scan(step, (logits, cache), keys)
-  return tokens.T
+  (_, cache), tokens = jax.lax.scan(step, (logits, cache), keys)
+  # The cache is returned so that its donated memory is the loop's.
+  return tokens.T, cache
 
 
 def _check_prompts(config, prompts, max_new_tokens, temperature):
-  if not prompts or not all(len(prompt) for prompt in prompts):
+  if not len(prompts) or not all(len(prompt) for prompt in prompts):
     raise ValueError(
       "`prompts` must be one or more sequences of at least one token: got"
       f" lengths {[len(prompt) for prompt in prompts]}."
@@ -159,13 +170,20 @@ def _check_prompts(config, prompts, max_new_tokens, temperature):
     raise ValueError(
       f"`max_new_tokens` must be at least 1: got {max_new_tokens}."
     )
-  if temperature < 0:
+  if not temperature >= 0:  # True for NaN too.
     raise ValueError(
       "`temperature` must be 0 (likeliest token) or positive: got"
       f" {temperature}."
     )
-  highest = max(max(prompt) for prompt in prompts)
-  lowest = min(min(prompt) for prompt in prompts)
+  arrays = [np.asarray(prompt) for prompt in prompts]
+  for place, array in enumerate(arrays):
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+      raise ValueError(
+        "`prompts` must hold token ids, a flat list of integers each: got"
+        f" {array.dtype} of shape {array.shape} as prompt {place}."
+      )
+  highest = max(int(array.max()) for array in arrays)
+  lowest = min(int(array.min()) for array in arrays)
   if lowest < 0 or highest >= config.vocab_size:
     raise ValueError(
       "`prompts` must hold token ids below `vocab_size`: got ids from"
