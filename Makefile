@@ -5,9 +5,11 @@
 PYTHON ?= .venv/bin/python
 SETUP = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 ORACLE = .oracle/bin/python
+TPU = .tpu/bin/python
 FLAGS ?=
 
-.PHONY: help setup sweep test lint format parity golden clean
+.PHONY: help setup sweep test lint format parity golden notebooks \
+  notebooks-check tpu-compile tpu-cost clean
 
 help:
 	@echo "make sweep    from a checkpoint to a reuse schedule (FLAGS='--checkpoint=...')"
@@ -15,6 +17,8 @@ help:
 	@echo "make parity   compare with transformers on 30 fresh random models"
 	@echo "make lint     ruff's rules and format;  make format  applies them"
 	@echo "make golden   make the golden fixtures again"
+	@echo "make notebooks  run the notebooks and keep their outputs"
+	@echo "make tpu-compile  compile the TPU kernels with no TPU;  make tpu-cost  costs them"
 	@echo "make clean    remove what make made"
 
 setup: $(SETUP)
@@ -39,8 +43,20 @@ parity: $(SETUP) $(ORACLE)
 golden: $(ORACLE)
 	$(ORACLE) -m tests.oracle.make_golden
 
+notebooks: $(SETUP)
+	$(PYTHON) tools/run_notebooks.py
+
+notebooks-check: $(SETUP)
+	JAX_PLATFORMS=cpu $(PYTHON) tools/run_notebooks.py --check
+
+tpu-compile: $(TPU)
+	$(TPU) -m tests.tpu.compile_kernels $(FLAGS)
+
+tpu-cost: $(TPU)
+	$(TPU) -m tests.tpu.cost_kernels $(FLAGS)
+
 .venv/ready: setup.cfg pyproject.toml constraints.txt tools/make_venv
-	tools/make_venv .venv 3.12 --editable '.[test]' --constraint constraints.txt
+	tools/make_venv .venv 3.12 --editable '.[notebook,test]' --constraint constraints.txt
 	@touch $@
 
 # torch's CPU build is for Python 3.11 alone, which jax no longer supports, so
@@ -49,5 +65,10 @@ $(ORACLE): tests/oracle/requirements.txt tools/make_venv
 	tools/make_venv .oracle =3.11 --requirement tests/oracle/requirements.txt
 	@touch $@
 
+# jax and libtpu must match; the project's own jax may be another.
+$(TPU): tests/tpu/requirements.txt tools/make_venv
+	tools/make_venv .tpu 3.12 --requirement tests/tpu/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .oracle .cache build dist *.egg-info runs sweep_output
+	rm -rf .venv .oracle .tpu .cache build dist *.egg-info runs sweep_output
