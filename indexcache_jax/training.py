@@ -219,7 +219,7 @@ def train_step(
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
   )
-  return state, Metrics(loss, index_kl, optax.global_norm(grads))
+  return state, Metrics(loss, index_kl, optax.tree.norm(grads))
 
 
 def training_batch(

@@ -1,0 +1,192 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import indexcache_jax as ic
+from tests import tolerances
+from tests.indexcache import toy
+from tests.kernels import errors
+
+# index_topk is 8: below, at and above it, alone and with what is generated.
+LENGTHS = (3, 8, 7, 21, 40)
+NUM_NEW = 6
+
+
+@functools.lru_cache
+def prompts():
+  tokens = np.asarray(toy.random_tokens(len(LENGTHS), max(LENGTHS), seed=11))
+  return [
+    row[:length].tolist() for row, length in zip(tokens, LENGTHS, strict=True)
+  ]
+
+
+def generate(pattern="FSFS", **changes):
+  config = toy.config(pattern)
+  arguments = {"prompts": prompts(), "max_new_tokens": NUM_NEW} | changes
+  return ic.generate(config, toy.params_for(config), **arguments)
+
+
+class GreedyTest(parameterized.TestCase):
+  @parameterized.parameters(("FSFS", NUM_NEW), ("FSSS", 3))
+  def test_equals_repeated_whole_forwards(self, pattern, num_new):
+    config = toy.config(pattern)
+    params = toy.params_for(config)
+    # A right padding that causality hides: one shape for every step.
+    tokens = np.zeros((len(LENGTHS), max(LENGTHS) + num_new), np.int32)
+    for row, prompt in zip(tokens, prompts(), strict=True):
+      row[: len(prompt)] = prompt
+    rows, lengths = np.arange(len(LENGTHS)), np.array(LENGTHS)
+    for step in range(num_new):
+      logits, _ = toy.forward(config, params, jnp.asarray(tokens))
+      places = lengths + step
+      tokens[rows, places] = np.argmax(logits[rows, places - 1], axis=-1)
+    expected = [
+      row[length : length + num_new]
+      for row, length in zip(tokens, lengths, strict=True)
+    ]
+    actual = generate(pattern, max_new_tokens=num_new)
+    self.assertEqual(actual.dtype, np.int32)
+    np.testing.assert_array_equal(actual, expected)
+
+  @parameterized.parameters(10, 64)
+  def test_chunked_prefill_changes_no_token(self, chunk_size):
+    np.testing.assert_array_equal(generate(chunk_size=chunk_size), generate())
+
+  def test_numpy_prompts(self):
+    expected = generate()
+    with errors.unchecked():
+      for kind in (np.int32, np.int64, np.uint8):
+        arrays = [np.array(prompt, kind) for prompt in prompts()]
+        np.testing.assert_array_equal(generate(prompts=arrays), expected)
+        lists = [list(array) for array in arrays]
+        np.testing.assert_array_equal(generate(prompts=lists), expected)
+
+  def test_one_array_of_prompts(self):
+    matrix = np.array([prompts()[-1]] * len(LENGTHS))
+    with errors.unchecked():
+      tokens = generate(prompts=matrix)
+    np.testing.assert_array_equal(tokens, generate()[[-1] * len(LENGTHS)])
+
+
+class SamplingTest(absltest.TestCase):
+  def test_is_a_function_of_the_seed(self):
+    first = generate(temperature=1.0, seed=1)
+    np.testing.assert_array_equal(first, generate(temperature=1.0, seed=1))
+    other = generate(temperature=1.0, seed=2)
+    self.assertFalse(np.array_equal(first, other))
+    self.assertFalse(np.array_equal(first, generate()))
+    for tokens in (first, other):
+      self.assertTrue(np.all((tokens >= 0) & (tokens < 64)))
+
+  def test_rows_draw_apart(self):
+    tokens = generate(prompts=[prompts()[-1]] * len(LENGTHS), temperature=1.0)
+    self.assertGreater(len(np.unique(tokens, axis=0)), 1)
+
+  def test_the_seed_of_a_greedy_run_changes_nothing(self):
+    np.testing.assert_array_equal(generate(seed=1), generate(seed=2))
+
+  def test_a_low_temperature_is_greedy(self):
+    np.testing.assert_array_equal(generate(temperature=1e-4), generate())
+
+
+class PrefillTest(parameterized.TestCase):
+  def run_prefill(self, chunk_size, capacity=46, lengths=(20, 13)):
+    config = toy.config("FSFS")
+    return ic.prefill(
+      ic.SparseTransformer(config),
+      toy.params_for(config),
+      toy.random_tokens(length=20),
+      np.array(lengths),
+      ic.init_cache(config, 2, capacity),
+      chunk_size=chunk_size,
+    )
+
+  def test_chunks_give_the_logits_and_the_cache_of_one_pass(self):
+    whole = self.run_prefill(None)
+    chunked = self.run_prefill(10)
+    tolerance = tolerances.tolerance("float32", 32 * 4)
+    np.testing.assert_allclose(chunked.logits, whole.logits, **tolerance)
+    np.testing.assert_array_equal(chunked.cache.lengths, [20, 13])
+    rows, expected = (
+      [*result.cache.kv_latent, *result.cache.index_keys]
+      for result in (chunked, whole)
+    )
+    for a, b in zip(rows, expected, strict=True):
+      # What lies beyond a row's real tokens is padding.
+      np.testing.assert_allclose(a[0, :20], b[0, :20], **tolerance)
+      np.testing.assert_allclose(a[1, :13], b[1, :13], **tolerance)
+
+  @parameterized.parameters(0, -3)
+  def test_chunk_size(self, chunk_size):
+    with self.assertRaisesRegex(
+      ValueError, f"`chunk_size` must be at least 1: got {chunk_size}"
+    ):
+      self.run_prefill(chunk_size)
+
+  @parameterized.parameters(None, 4)
+  def test_tokens_must_fit_in_the_cache(self, chunk_size):
+    # Each chunk fits; rows beyond the capacity would be dropped in silence.
+    with self.assertRaisesRegex(
+      ValueError, "`tokens` must fit in `cache`: got 20 tokens.*capacity of 16"
+    ):
+      self.run_prefill(chunk_size, capacity=16)
+
+  @parameterized.parameters(((20, 0),), ((-1, 20),), ((21, 20),))
+  def test_lengths(self, lengths):
+    with self.assertRaisesRegex(
+      ValueError, r"`lengths` must be from 1 to the 20 tokens of a row: got \["
+    ):
+      self.run_prefill(None, lengths=lengths)
+
+
+class ErrorsTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("no_prompt", {"prompts": []}, r"`prompts` must be one or more.*\[\]"),
+    (
+      "empty_prompt",
+      {"prompts": [[1, 2], []]},
+      r"at least one token: got lengths \[2, 0\]",
+    ),
+    ("no_tokens", {"max_new_tokens": 0}, "`max_new_tokens` .*1: got 0"),
+    ("fewer", {"max_new_tokens": -2}, "`max_new_tokens` .*1: got -2"),
+    ("cold", {"temperature": -0.5}, r"`temperature` must be 0 .*got -0\.5"),
+    ("nan", {"temperature": float("nan")}, "`temperature` must be 0 .*got nan"),
+    (
+      "beyond_the_vocabulary",
+      {"prompts": [[1], [3, 64]]},
+      "below `vocab_size`: got ids from 1 to 64 for vocab_size=64",
+    ),
+    (
+      "negative",
+      {"prompts": [[63], [-1, 5]]},
+      "below `vocab_size`: got ids from -1 to 63 for vocab_size=64",
+    ),
+    ("chunk_size", {"chunk_size": 0}, "`chunk_size` must be at least 1: got 0"),
+  )
+  def test_says_the_rule_and_the_values(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      generate(**changes)
+
+  @parameterized.parameters(
+    # An int32 array would take 1.9 as 1.
+    ([[1.9, 2.0]], "float64"),
+    (["text"], "<U4"),
+    ([[[1, 2], [3, 4]]], "int64"),
+  )
+  def test_tokens_are_integers(self, bad, dtype):
+    with (
+      errors.unchecked(),
+      self.assertRaisesRegex(
+        ValueError,
+        f"`prompts` must hold token ids, a flat list .*got {dtype}.*prompt 1",
+      ),
+    ):
+      generate(prompts=[[1], *bad])
+
+
+if __name__ == "__main__":
+  absltest.main()
