@@ -78,11 +78,11 @@ def main(argv):
   )
   hidden = hide_facts(model, tokens, num_needles, context)
   evaluations = evaluate(model, schedules, batches, hidden)
-  print(f"{model.path.name}, {batches.size:,} tokens, context {context:,}")
+  print(f"{model.name}, {batches.size:,} tokens, context {context:,}")
   print(table(evaluations))
   path = pathlib.Path(_OUTPUT_DIR.value) / "evaluation.json"
   report = {
-    "checkpoint": str(model.path),
+    "checkpoint": model.name,
     "context": context,
     "tokens": batches.size,
     "num_needles": 0 if hidden is None else len(hidden.prompts),

@@ -53,6 +53,11 @@ class Model:
   encode: text.Encode
 
   @property
+  def name(self) -> str:
+    """What a report calls it: the folder, or that it came with the package."""
+    return str(self.path) if CHECKPOINT.value else "the embedded small model"
+
+  @property
   def context(self) -> int:
     """Tokens of a sequence, by the flag or its default."""
     if CONTEXT.value:

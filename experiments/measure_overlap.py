@@ -74,7 +74,7 @@ def main(argv):
   summaries = {
     name: summarize(_mean_matrix(matrix)) for name, matrix in matrices.items()
   }
-  setting = f"{model.path.name}, {batches.size:,} tokens, context {context:,}"
+  setting = f"{model.name}, {batches.size:,} tokens, context {context:,}"
   print(f"{setting}\n{table(summaries)}")
   for place, position in enumerate(positions or ()):
     for name, matrix in matrices.items():
@@ -82,7 +82,7 @@ def main(argv):
       print(f"position {position}: {name} of adjacent layers {adjacent:.3f}")
   output_dir = pathlib.Path(_OUTPUT_DIR.value)
   report = {
-    "checkpoint": str(model.path),
+    "checkpoint": model.name,
     "context": context,
     "tokens": batches.size,
     "index_topk": model.config.index_topk,

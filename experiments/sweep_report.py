@@ -20,7 +20,7 @@ class Report:
   """All that a sweep found.
 
   Attributes:
-    model_path: folder of the checkpoint.
+    model_name: what was searched.
     config: of the model, all full.
     rows: the compared schedules, at least one.
     context: tokens of a sequence.
@@ -33,7 +33,7 @@ class Report:
     environment: provenance.
   """
 
-  model_path: str
+  model_name: str
   config: ic.SparseTransformerConfig
   rows: list[comparison.ComparedSchedule]
   context: int
@@ -83,7 +83,7 @@ def as_json(report: Report) -> dict[str, Any]:
     "context": report.context,
     "num_layers": report.config.num_hidden_layers,
     "index_topk": report.config.index_topk,
-    "checkpoint": report.model_path,
+    "checkpoint": report.model_name,
     "seed": report.seed,
     "environment": report.environment,
     "schedules": [_row(report, row) for row in report.rows],
@@ -187,12 +187,14 @@ def _advice(data):
 
 def _markdown(data):
   environment = ", ".join(f"{k} {v}" for k, v in data["environment"].items())
-  return f"""# Reuse schedules of {pathlib.Path(data["checkpoint"]).name}
+  return f"""# Reuse schedules of {data["checkpoint"]}
 
 {data["num_layers"]} layers, index_topk {data["index_topk"]}, sequences of
 {data["context"]} tokens. Searched on {data["calibration_tokens"]:,} tokens;
 losses are of {data["held_out_tokens"]:,} others, in nats a token. All full:
-{data["baseline_loss"]:.4f}. {environment}.
+{data["baseline_loss"]:.4f}.
+
+{environment}.
 
 {_table(data)}
 

@@ -93,7 +93,7 @@ def main(argv):
   )
   print("Measuring the overlap of selections and this machine's times ...")
   report = sweep_report.Report(
-    model_path=str(model.path),
+    model_name=model.name,
     config=model.config,
     rows=rows,
     context=sweep.context,
