@@ -53,7 +53,7 @@ tpu-compile: $(TPU)
 	$(TPU) -m tests.tpu.compile_kernels $(FLAGS)
 
 tpu-cost: $(TPU)
-	$(TPU) -m tests.tpu.cost_kernels $(FLAGS)
+	$(TPU) -m tests.tpu.cost_kernels --output_dir=results/tpu $(FLAGS)
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt tools/make_venv
 	tools/make_venv .venv 3.12 --editable '.[notebook,test]' --constraint constraints.txt

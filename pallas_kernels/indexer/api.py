@@ -10,9 +10,11 @@ import jax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.indexer import reference
+from pallas_kernels.indexer import mosaic_tpu, reference
 
-_ORDER: dict[str, tuple[str, ...]] = {}
+_ORDER: dict[str, tuple[str, ...]] = {"tpu": ("mosaic_tpu",)}
+# XLA everywhere: the selected rows are few.
+_NO_ORDER: dict[str, tuple[str, ...]] = {}
 
 
 def indexer_scores(
@@ -35,7 +37,7 @@ def indexer_scores(
     index_weights: head weights, scale factors included.
     key_start: first visible key of each query.
     key_end: one past its last visible key.
-    implementation: "xla"; None: the best for this platform.
+    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
 
   Returns:
     Float32 scores.
@@ -46,7 +48,7 @@ def indexer_scores(
   _check(index_q, index_k, index_weights, key_start, key_end)
   return dispatch.run(
     "indexer_scores",
-    {"xla": reference.indexer_scores},
+    {"mosaic_tpu": mosaic_tpu.indexer_scores, "xla": reference.indexer_scores},
     _ORDER,
     implementation,
     index_q,
@@ -79,7 +81,7 @@ def indexer_topk(
     key_start: first visible key of each query.
     key_end: one past its last visible key.
     k: index_topk.
-    implementation: "xla"; None: the best for this platform.
+    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
 
   Returns:
     Ascending indices; where fewer than k keys are visible, all of them and -1
@@ -97,7 +99,7 @@ def indexer_topk(
   )
   return dispatch.run(
     "indexer_topk",
-    {"xla": reference.indexer_topk},
+    {"mosaic_tpu": mosaic_tpu.indexer_topk, "xla": reference.indexer_topk},
     _ORDER,
     implementation,
     index_q,
@@ -137,7 +139,7 @@ def selected_indexer_scores(
   return dispatch.run(
     "selected_indexer_scores",
     {"xla": reference.selected_indexer_scores},
-    _ORDER,
+    _NO_ORDER,
     implementation,
     index_q,
     index_k,

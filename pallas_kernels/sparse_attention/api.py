@@ -5,10 +5,14 @@
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import mosaic_tpu, reference
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
-_ORDER: dict[str, tuple[str, ...]] = {}
+_IMPLEMENTATIONS = {
+  "mosaic_tpu": mosaic_tpu.sparse_mla,
+  "xla": reference.sparse_mla,
+}
+_ORDER = {"tpu": ("mosaic_tpu",)}
 
 
 def sparse_mla(
@@ -38,7 +42,7 @@ def sparse_mla(
     scale: factor on the logits.
     value_dim: leading columns of a row that are its value (kv_lora_rank).
     return_residuals: also return `SparseMLAResiduals`.
-    implementation: "xla"; None: the best for this platform.
+    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
 
   Returns:
     Output in `query`'s dtype, zeros for a query without a row; with residuals
@@ -51,7 +55,7 @@ def sparse_mla(
   _check(query, kv_latent, topk_indices, value_dim)
   out, residuals = dispatch.run(
     "sparse_mla",
-    {"xla": reference.sparse_mla},
+    _IMPLEMENTATIONS,
     _ORDER,
     implementation,
     query,

@@ -29,10 +29,15 @@ def inputs(shape, dtype=jnp.float32, seed=0, offset=None):
 
 class IndexerTest(parameterized.TestCase):
   IMPLEMENTATION = "xla"
+  # Of `selected_indexer_scores`.
+  SELECTED_IMPLEMENTATION = "xla"
+  COMPILER_OPTIONS = None
 
   def run_op(self, op, *args, **kwargs):
+    kwargs = {"implementation": self.IMPLEMENTATION} | kwargs
     return jax.jit(
-      lambda *args: op(*args, implementation=self.IMPLEMENTATION, **kwargs)
+      lambda *args: op(*args, **kwargs),
+      compiler_options=self.COMPILER_OPTIONS,
     )(*args)
 
   def topk(self, args, k):
@@ -141,15 +146,24 @@ class IndexerTest(parameterized.TestCase):
 
   def test_run_to_run_bit_equal(self):
     args = inputs(shapes.SHAPES["tiny"])
-    first = self.topk(args, 8)
+    run = jax.jit(
+      lambda *args: pallas_kernels.indexer_topk(
+        *args, k=8, implementation=self.IMPLEMENTATION
+      ),
+      compiler_options=self.COMPILER_OPTIONS,
+    )
+    first = np.asarray(run(*args))
     for _ in range(3):
-      np.testing.assert_array_equal(self.topk(args, 8), first)
+      np.testing.assert_array_equal(run(*args), first)
 
   def test_selected_scores_are_those_of_all_keys(self):
     args = inputs((2, 13, 40, 16, 16), offset=3)
     indices = self.topk(args, 8)
     actual = self.run_op(
-      pallas_kernels.selected_indexer_scores, *args[:3], indices
+      pallas_kernels.selected_indexer_scores,
+      *args[:3],
+      indices,
+      implementation=self.SELECTED_IMPLEMENTATION,
     )
     every = np.asarray(self.run_op(pallas_kernels.indexer_scores, *args))
     expected = np.where(
@@ -174,7 +188,7 @@ class IndexerTest(parameterized.TestCase):
 
     def selected(q, k, w):
       return pallas_kernels.selected_indexer_scores(
-        q, k, w, indices, implementation=self.IMPLEMENTATION
+        q, k, w, indices, implementation=self.SELECTED_IMPLEMENTATION
       )
 
     grads = [
@@ -202,7 +216,8 @@ class IndexerTest(parameterized.TestCase):
       jax.jit(
         lambda *args: pallas_kernels.indexer_topk(
           *args, k=8, implementation=self.IMPLEMENTATION
-        )
+        ),
+        compiler_options=self.COMPILER_OPTIONS,
       )
       .lower(*args)
       .compile()

@@ -1,0 +1,38 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs TPU kernels on the CPU, in ways that each find another fault."""
+
+import contextlib
+import functools
+from unittest import mock
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# LLVM takes ten times as long to optimise an interpreted kernel as to run it.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+
+# on_wait copies when waited for: a missing wait reads NaN. eager copies at
+# once: a buffer that is filled too early is overwritten. The last names races.
+MODES = {
+  "on_wait": pltpu.InterpretParams(dma_execution_mode="on_wait"),
+  "eager": pltpu.InterpretParams(dma_execution_mode="eager"),
+  "races": pltpu.InterpretParams(detect_races=True, on_race="raise"),
+}
+
+
+def numbers():
+  """Numbers alone: copies are instant and nothing is checked; fast."""
+  call = functools.partial(pl.pallas_call, interpret=True)
+  return mock.patch.object(pl, "pallas_call", call)
+
+
+@contextlib.contextmanager
+def mode(name):
+  """Simulated memories, copies and semaphores, in one of `MODES`."""
+  try:
+    with pltpu.force_tpu_interpret_mode(MODES[name]):
+      yield
+  finally:
+    # An exception leaves its buffers and semaphores behind.
+    pltpu.reset_tpu_interpret_mode_state()

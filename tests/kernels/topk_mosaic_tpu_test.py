@@ -1,0 +1,130 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from pallas_kernels import tpu
+from pallas_kernels.topk import mosaic_tpu, mosaic_tpu_kernel
+from tests.kernels import interpreters, loops, topk_test
+
+
+class MosaicTpuTopKTest(topk_test.TopKTest):
+  IMPLEMENTATION = "mosaic_tpu"
+  COMPILER_OPTIONS = interpreters.COMPILER_OPTIONS
+  # Each is a compilation; the kernel's own shapes are the same for all.
+  KEYS_AND_K = ((9, 8), (129, 33))
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(interpreters.numbers())
+
+  def test_ties_across_the_segments_of_a_long_row(self):
+    rng = np.random.default_rng(5)
+    scores = rng.integers(0, 2, size=(2, 40000))
+    self.check(scores, 300, [39999, 31000])
+
+  def test_rows_of_several_registers(self):
+    rng = np.random.default_rng(6)
+    self.check(rng.normal(size=(9, 40000)).round(2), 700)
+
+  def test_one_dense_stretch(self):
+    scores = np.full((1, 5000), -1.0)
+    scores[0, 1700:4000] = np.arange(2300)
+    self.check(scores, 640)
+
+
+def run(scores, k):
+  call = jax.jit(
+    lambda scores: mosaic_tpu.top_k(scores, k),
+    compiler_options=interpreters.COMPILER_OPTIONS,
+  )
+  return np.asarray(call(jnp.asarray(scores, jnp.float32)))
+
+
+class MosaicTpuCopiesTest(parameterized.TestCase):
+  """The copies, by interpreters that keep time and are known to fail."""
+
+  def inputs(self):
+    # Three groups of eight rows.
+    rng = np.random.default_rng(7)
+    return rng.normal(size=(24, 200)), 20
+
+  def expected(self):
+    scores, k = self.inputs()
+    return np.stack([loops.select(np.float32(row), k) for row in scores])
+
+  @parameterized.parameters(*interpreters.MODES)
+  def test_rows(self, mode):
+    with interpreters.mode(mode):
+      np.testing.assert_array_equal(run(*self.inputs()), self.expected())
+
+  @parameterized.parameters("on_wait", "races")
+  def test_segments(self, mode):
+    scores, k = self.inputs()
+    with interpreters.mode(mode):
+      indices = run(scores[:3], k)
+    np.testing.assert_array_equal(indices, self.expected()[:3])
+
+  def test_a_missing_wait_is_caught(self):
+    # Uninitialised scores are NaN, which nothing selects.
+    with (
+      mock.patch.object(mosaic_tpu_kernel, "_wait"),
+      interpreters.mode("on_wait"),
+    ):
+      self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
+
+  def test_a_copy_into_a_buffer_in_use_is_caught(self):
+    order, start = mosaic_tpu_kernel._order, mosaic_tpu_kernel._start
+    copies = mosaic_tpu_kernel._copies
+
+    def order_late(row_ref, *args):
+      """Starts the next copy before this group's scores are read."""
+      start(copies(*self.source, row_ref, *self.rest))
+      order(row_ref, *args)
+
+    def remember(source, row_ref, semaphore, group, segments):
+      self.source, self.rest = (source,), (semaphore, 0, segments)
+      return copies(source, row_ref, semaphore, group, segments)
+
+    with (
+      mock.patch.object(mosaic_tpu_kernel, "_order", order_late),
+      mock.patch.object(mosaic_tpu_kernel, "_copies", remember),
+      interpreters.mode("eager"),
+    ):
+      self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
+
+  def test_the_wrong_group_is_caught(self):
+    copies = mosaic_tpu_kernel._copies
+
+    def one_off(source, row_ref, semaphore, group, segments):
+      group = jnp.minimum(group + 1, 2)
+      return copies(source, row_ref, semaphore, group, segments)
+
+    with (
+      mock.patch.object(mosaic_tpu_kernel, "_copies", one_off),
+      interpreters.mode("on_wait"),
+    ):
+      self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
+
+
+class MosaicTpuUnfitTest(absltest.TestCase):
+  def test_a_row_longer_than_vmem(self):
+    scores = jax.ShapeDtypeStruct((1, 1 << 27), jnp.float32)
+    with self.assertRaisesRegex(NotImplementedError, "134217728 scores"):
+      jax.eval_shape(lambda scores: mosaic_tpu.top_k(scores, 8), scores)
+
+  def test_an_old_chip(self):
+    info = mock.Mock(generation=4, chip_version="v4")
+    with (
+      mock.patch.object(tpu.pltpu, "get_tpu_info", return_value=info),
+      self.assertRaisesRegex(NotImplementedError, "v6e and 7x: got v4"),
+    ):
+      tpu.chip()
+
+
+if __name__ == "__main__":
+  absltest.main()

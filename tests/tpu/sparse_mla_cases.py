@@ -1,0 +1,132 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`sparse_mla` of DeepSeek-V3.2, GLM-5 and GLM-4.7-Flash, packed caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from pallas_kernels.sparse_attention import mosaic_tpu, shapes
+from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
+from tests.tpu.cases import Case
+
+_HEADS = {"deepseek_v32": 128, "glm_5": 64, "glm_47_flash": 20}
+_KEYS = {"8k": 8192, "128k": 131072, "1m": 1048576}
+# XLA gives `query` a layout of its own and copies it, as a model's graph would
+# not; that array is kept smaller than the cache, whose copies are a fault.
+_PREFILL_QUERIES = {"8k": 32, "128k": 512, "1m": 4096}
+_SUBSET = ("deepseek_v32_prefill_128k", "glm_47_flash_decode_1m", "tiny")
+# Scalar work on one row: load its number, shift it, add the base, make and
+# shift the destination, two operations a bundle; the copy fills one alone.
+_BUNDLES_A_ROW = 3.5
+_SCALE = 0.07
+# `topk_indices` as rows of words and in the layouts that kernels read.
+_INDEX_COPIES = 3
+
+
+def cases() -> list[Case]:
+  """Every model, phase and length; few queries of each, to be costed."""
+  found = []
+  for model, heads in _HEADS.items():
+    for length, keys in _KEYS.items():
+      for phase, (batch, queries) in {
+        "prefill": (1, _PREFILL_QUERIES[length]),
+        "decode": (8, 1),
+      }.items():
+        shape = shapes.Shape(batch, queries, keys, heads, 576, 512, 2048)
+        found.append(_packed(f"{model}_{phase}_{length}", shape))
+    for phase, (batch, queries) in {
+      "prefill_of_8": (1, 8),
+      "decode_of_8": (8, 1),
+      "decode_of_1": (1, 1),
+    }.items():
+      shape = shapes.Shape(batch, queries, 131072, heads, 576, 512, 2048)
+      # The grid is `decode_of_8`'s; 7x's profiler gives this one no figure.
+      if (model, phase) != ("glm_47_flash", "prefill_of_8"):
+        found.append(_packed(f"{model}_{phase}", shape, cost=True))
+  tiny = shapes.SHAPES["tiny"]
+  found.append(_packed("tiny", tiny))
+  found.append(_packed("tiny_float32", tiny, jnp.float32))
+  glm = shapes.SHAPES["glm_5_prefill_32k"]
+  short = glm._replace(num_queries=_PREFILL_QUERIES["128k"], num_keys=131072)
+  found.append(_packed("glm_5_float32", short, jnp.float32))
+  found.append(_plain("glm_5_packed_each_call", glm))
+  return found
+
+
+def _arguments(shape, dtype):
+  return (
+    jax.ShapeDtypeStruct(
+      (shape.batch, shape.num_queries, shape.heads, shape.latent_dim), dtype
+    ),
+    jax.ShapeDtypeStruct(
+      (shape.batch, shape.num_keys, shape.latent_dim), dtype
+    ),
+    jax.ShapeDtypeStruct((shape.batch, shape.num_queries, shape.k), jnp.int32),
+  )
+
+
+def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
+  query, latent, indices = _arguments(shape, dtype)
+  packed = jax.eval_shape(layout.pack, latent)
+
+  def function(query, words, indices):
+    return mosaic_tpu.sparse_mla_packed(
+      query,
+      layout.PackedLatent(
+        words=words,
+        num_keys=packed.num_keys,
+        width=packed.width,
+        dtype=packed.dtype,
+      ),
+      indices,
+      scale=_SCALE,
+      value_dim=shape.value_dim,
+    )
+
+  queries = shape.batch * shape.num_queries
+  rows = queries * shape.k
+  width = shape.latent_dim
+  return Case(
+    op="sparse_mla",
+    name=name,
+    function=function,
+    arguments=[query, packed.words, indices],
+    temp_bytes=_temp_bytes(shape, query.dtype.itemsize),
+    cache=1,
+    subset=name in _SUBSET,
+    cost=cost,
+    kernels=("sparse_mla",),
+    hbm_bytes=rows * (width * query.dtype.itemsize + 4)
+    + queries * shape.heads * (width + shape.value_dim) * 2,
+    mxu_flops=2 * rows * shape.heads * (width + shape.value_dim),
+    issue_cycles=round(rows * _BUNDLES_A_ROW),
+    note="nothing to overlap the ends with" if "decode_of_1" in name else "",
+  )
+
+
+def _temp_bytes(shape, itemsize):
+  queries = shape.batch * shape.num_queries
+  # In whole tiles: one copy of the query and of the output, none of the cache.
+  columns = -(-shape.latent_dim // 128) * 128 + shape.value_dim
+  heads = -(-shape.heads // 16) * 16
+  copies = queries * heads * columns * itemsize
+  return copies + 4 * _INDEX_COPIES * queries * max(shape.k, 128) + (1 << 20)
+
+
+def _plain(name, shape):
+  """The drop-in entry, whose temporary memory holds the packed cache."""
+  return Case(
+    op="sparse_mla",
+    name=name,
+    function=functools.partial(
+      pallas_kernels.sparse_mla,
+      scale=_SCALE,
+      value_dim=shape.value_dim,
+      implementation="mosaic_tpu",
+    ),
+    arguments=_arguments(shape, jnp.bfloat16),
+    note="packs the cache: a copy a call",
+  )
