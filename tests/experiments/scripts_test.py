@@ -89,7 +89,7 @@ class MeasureOverlapTest(ScriptCase):
       ("context", 64),
       ("index_topk", 32),
       ("positions", [40, 63]),
-      ("checkpoint", str(ic.embedded_checkpoint())),
+      ("checkpoint", "the embedded small model"),
     ):
       self.assertEqual(report[key], expected, key)
     self.assertIn("measure_overlap --smoke", report["command"])
