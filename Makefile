@@ -6,10 +6,11 @@ PYTHON ?= .venv/bin/python
 SETUP = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 ORACLE = .oracle/bin/python
 TPU = .tpu/bin/python
+GPU = .gpu-0.11/bin/python .gpu-0.12/bin/python
 FLAGS ?=
 
 .PHONY: help setup sweep test lint format parity golden notebooks \
-  notebooks-check tpu-compile tpu-cost clean
+  notebooks-check tpu-compile tpu-cost gpu-compile test-gpu clean
 
 help:
 	@echo "make sweep    from a checkpoint to a reuse schedule (FLAGS='--checkpoint=...')"
@@ -19,6 +20,8 @@ help:
 	@echo "make golden   make the golden fixtures again"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make tpu-compile  compile the TPU kernels with no TPU;  make tpu-cost  costs them"
+	@echo "make gpu-compile  compile the GPU kernels for sm_90a with no GPU"
+	@echo "make test-gpu     test them on the GPU that is here"
 	@echo "make clean    remove what make made"
 
 setup: $(SETUP)
@@ -55,6 +58,13 @@ tpu-compile: $(TPU)
 tpu-cost: $(TPU)
 	$(TPU) -m tests.tpu.cost_kernels --output_dir=results/tpu $(FLAGS)
 
+# Both versions of JAX: their Mosaic GPU differ.
+gpu-compile: $(GPU)
+	for python in $(GPU); do $$python -m tests.gpu.compile_kernels $(FLAGS) || exit; done
+
+test-gpu: $(SETUP)
+	$(PYTHON) -m tests.gpu.run_tests $(FLAGS)
+
 .venv/ready: setup.cfg pyproject.toml constraints.txt tools/make_venv
 	tools/make_venv .venv 3.12 --editable '.[notebook,test]' --constraint constraints.txt
 	@touch $@
@@ -70,5 +80,9 @@ $(TPU): tests/tpu/requirements.txt tools/make_venv
 	tools/make_venv .tpu 3.12 --requirement tests/tpu/requirements.txt
 	@touch $@
 
+.gpu-%/bin/python: tests/gpu/requirements-%.txt tools/make_venv
+	tools/make_venv .gpu-$* 3.12 --requirement tests/gpu/requirements-$*.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .oracle .tpu .cache build dist *.egg-info runs sweep_output
+	rm -rf .venv .oracle .tpu .gpu-* .cache build dist *.egg-info runs sweep_output

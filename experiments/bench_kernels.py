@@ -1,0 +1,176 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Times the kernels on a GPU, beside the ceilings of the same run.
+
+  python -m experiments.bench_kernels --ops=top_k,sparse_mla --shapes=131072
+
+Each workload is checked before it is timed. A line of JSON a number: isolated
+(median of the driver's kernel times, caches flushed before each) and sustained
+(back to back, where the card's power limit counts); the rate; its share of the
+ceiling, which is the library's matrix product of the same dtype, or a copy.
+"""
+
+import datetime
+import json
+import pathlib
+
+import jax
+from absl import flags, logging
+
+from experiments import common, kernel_timing, kernel_workloads
+
+_OPS = flags.DEFINE_list("ops", [], "Ops; none: all.")
+_SHAPES = flags.DEFINE_list(
+  "shapes", [], "Only workloads with one of these words in their name."
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir", "runs/kernels", "Where kernels.jsonl and kernels.md go."
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 7, "Isolated launches a median.", lower_bound=1
+)
+_LAUNCHES = flags.DEFINE_integer(
+  "launches", 40, "Back-to-back launches a mean.", lower_bound=1
+)
+
+_COLUMNS = ("op", "shape", "mode", "ms", "rate", "unit", "share", "error")
+
+
+def main(argv):
+  """Checks, times, prints a table and writes it."""
+  common.reject_arguments(argv)
+  logging.set_verbosity(logging.WARNING)
+  if jax.default_backend() != "gpu":
+    raise ValueError(
+      "bench_kernels needs a GPU that JAX sees: got the platform"
+      f" {jax.default_backend()!r}. Install JAX with its `cuda13` extra, on a"
+      " machine with a Hopper GPU."
+    )
+  chosen = choose(_OPS.value, _SHAPES.value)
+  provenance = {
+    **common.environment(),
+    "date": datetime.date.today().isoformat(),
+  }
+  ceilings = measure_ceilings({w.ceiling for w in chosen})
+  records = [{**record, **provenance} for record in ceiling_records(ceilings)]
+  for workload in chosen:
+    for record in bench(workload, ceilings):
+      records.append({**record, **provenance})
+      print(row(record), flush=True)
+    write(records)
+  failed = [r for r in records if r.get("fault")]
+  if failed:
+    raise ValueError(f"{len(failed)} workloads failed their check: {failed}")
+
+
+def choose(
+  ops: list[str], shapes: list[str]
+) -> list[kernel_workloads.Workload]:
+  """Workloads that the flags ask for."""
+  every = kernel_workloads.workloads()
+  known = sorted({w.op for w in every})
+  unknown = [op for op in ops if op not in known]
+  if unknown:
+    raise ValueError(f"`--ops` must be among {known}: got {unknown}.")
+  chosen = [
+    w
+    for w in every
+    if (not ops or w.op in ops)
+    and (not shapes or any(word in w.name for word in shapes))
+  ]
+  if not chosen:
+    raise ValueError(
+      f"`--shapes` must be a word of a workload's name: got {shapes}; there"
+      f" are {[w.name for w in every if not ops or w.op in ops]}."
+    )
+  return chosen
+
+
+def measure_ceilings(names: set[str]) -> dict[str, dict[str, float]]:
+  """TFLOP/s or TB/s of the card, by ceiling and mode."""
+  ceilings = {}
+  for name in sorted(names):
+    if name == "copy":
+      copy = kernel_timing.copy_ceiling()
+      ceilings[name] = {"isolated": copy, "sustained": copy}
+    else:
+      ceilings[name] = kernel_timing.matmul_ceiling(name)
+  return ceilings
+
+
+def ceiling_records(ceilings: dict[str, dict[str, float]]) -> list[dict]:
+  """Records of the ceilings, without a time."""
+  return [
+    {
+      "op": "ceiling",
+      "shape": name,
+      "mode": mode,
+      "rate": rate,
+      "unit": "TB/s" if name == "copy" else "TFLOP/s",
+    }
+    for name, modes in ceilings.items()
+    for mode, rate in modes.items()
+  ]
+
+
+def bench(
+  workload: kernel_workloads.Workload, ceilings: dict[str, dict[str, float]]
+) -> list[dict]:
+  """Records of one workload: isolated and sustained, or its fault."""
+  record = {"op": workload.op, "shape": workload.name}
+  try:
+    args = workload.make(jax.random.key(0))
+    out = jax.jit(workload.function)(*args)
+    error = workload.error(args, out)
+    del out
+  except Exception as fault:
+    # One kernel's fault is a result; the others are still wanted.
+    return [{**record, "fault": f"{type(fault).__name__}: {fault}"[:500]}]
+  record["error"] = error
+  if not error <= workload.tolerance:
+    return [{**record, "fault": f"error above {workload.tolerance}"}]
+  times = {
+    "isolated": kernel_timing.isolated_ms(
+      workload.function, *args, repeats=_REPEATS.value
+    ),
+    "sustained": kernel_timing.sustained_ms(
+      workload.function, *args, launches=_LAUNCHES.value
+    ),
+  }
+  return [
+    {
+      **record,
+      "mode": mode,
+      "ms": ms,
+      "rate": workload.work / ms / 1e9,
+      "unit": workload.unit,
+      "share": workload.work / ms / 1e9 / ceilings[workload.ceiling][mode],
+      "ceiling": workload.ceiling,
+    }
+    for mode, ms in times.items()
+  ]
+
+
+def row(record: dict) -> str:
+  """A line of the table."""
+  if record.get("fault"):
+    return f"| {record['op']} | {record['shape']} | FAULT {record['fault']} |"
+  cells = []
+  for column in _COLUMNS:
+    value = record.get(column, "")
+    cells.append(f"{value:.4g}" if isinstance(value, float) else str(value))
+  return f"| {' | '.join(cells)} |"
+
+
+def write(records: list[dict]) -> None:
+  """Writes kernels.jsonl and kernels.md, whole."""
+  directory = pathlib.Path(_OUTPUT_DIR.value)
+  lines = [json.dumps(record) for record in records]
+  common.write_text(directory / "kernels.jsonl", "\n".join(lines) + "\n")
+  head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+  table = "\n".join([*head, *map(row, records)])
+  common.write_text(directory / "kernels.md", table + "\n")
+
+
+if __name__ == "__main__":
+  common.run(main)
