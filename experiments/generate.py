@@ -15,12 +15,13 @@ the index keys' bytes.
 import pathlib
 import sys
 import time
+from typing import NoReturn
 
 from absl import flags, logging
 
 import indexcache_jax as ic
 from experiments import common, inputs
-from indexcache_jax import costs, text
+from indexcache_jax import costs, generation, text
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with that text.")
@@ -37,6 +38,12 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0
 )
+_TOP_P = flags.DEFINE_float(
+  "top_p",
+  1.0,
+  "Samples from the likeliest tokens that together have this probability.",
+  upper_bound=1.0,
+)
 _CHUNK_SIZE = flags.DEFINE_integer(
   "chunk_size",
   None,
@@ -51,26 +58,36 @@ def main(argv):
   """Generates, and prints the text, its speed and the size of the cache."""
   common.reject_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  unfinished = "no text was generated"
   try:
     model, prompt = load()
     num_new = 8 if inputs.SMOKE.value else _MAX_NEW_TOKENS.value
     check_fits(model.config, len(prompt), num_new)
     new_tokens = generate(model, prompt, num_new)
-    decode = text.load_decoder(model.path, model.config.vocab_size)
-    print(f"{decode([*prompt, *new_tokens])}\n", flush=True)
-    unfinished = "the text is whole, its speed was not measured"
-    start = time.perf_counter()
-    generate(model, prompt, num_new)
-    seconds = time.perf_counter() - start
   except KeyboardInterrupt:
-    print(f"Interrupted: {unfinished}.", file=sys.stderr)
-    sys.exit(130)  # As of any program that Ctrl-C ends.
+    interrupted("no text was generated")
+  decode = text.load_decoder(model.path, model.config.vocab_size)
+  print(f"{decode([*prompt, *new_tokens])}\n", flush=True)
+  if len(new_tokens) < num_new:
+    interrupted(f"{len(new_tokens)} of {num_new} tokens were generated")
+  start = time.perf_counter()
+  try:
+    is_whole = len(generate(model, prompt, num_new)) == num_new
+  except KeyboardInterrupt:
+    is_whole = False
+  if not is_whole:
+    interrupted("the text is whole, its speed was not measured")
+  seconds = time.perf_counter() - start
   print(
     f"{num_new / seconds:.1f} tokens/s: {num_new} after {len(prompt)} in"
     f" {seconds:.2f} s, prefill included and compiled before"
   )
   print(cache_table(model.config, len(prompt) + num_new))
+
+
+def interrupted(unfinished: str) -> NoReturn:
+  """Ends as any program does that Ctrl-C ends."""
+  print(f"Interrupted: {unfinished}.", file=sys.stderr)
+  sys.exit(130)
 
 
 def load():
@@ -110,16 +127,18 @@ def check_fits(config, num_prompt, num_new):
 
 
 def generate(model, prompt, num_new):
-  """Returns the new tokens."""
-  return ic.generate(
+  """Returns the new tokens: fewer than `num_new` after Ctrl-C."""
+  tokens = ic.generate(
     model.config,
     model.params,
     [prompt],
     max_new_tokens=num_new,
     temperature=_TEMPERATURE.value,
+    top_p=_TOP_P.value,
     seed=inputs.SEED.value,
     chunk_size=_CHUNK_SIZE.value,
   )[0]
+  return tokens[tokens != generation.NO_TOKEN]
 
 
 def cache_table(config, num_tokens):

@@ -53,13 +53,7 @@ def sustained_ms(function: Callable, *args, launches: int = 40) -> float:
   kernel times instead.
   """
   run = jax.jit(function)
-  jax.block_until_ready(run(*args))
-  jax.block_until_ready(run(*args))
-  begin = time.perf_counter()
-  for _ in range(launches):
-    out = run(*args)
-  jax.block_until_ready(out)
-  ms = (time.perf_counter() - begin) / launches * 1e3
+  ms = wall_ms(run, *args, launches=launches)
   if ms > _LAUNCH_BOUND_MS:
     return ms
   from jax.experimental.mosaic.gpu import profiler
@@ -68,6 +62,17 @@ def sustained_ms(function: Callable, *args, launches: int = 40) -> float:
     *args
   )
   return statistics.mean(times)
+
+
+def wall_ms(run: Callable, *args, launches: int) -> float:
+  """Mean milliseconds of back-to-back calls of a compiled function."""
+  for _ in range(2):
+    jax.block_until_ready(run(*args))
+  begin = time.perf_counter()
+  for _ in range(launches):
+    out = run(*args)
+  jax.block_until_ready(out)
+  return (time.perf_counter() - begin) / launches * 1e3
 
 
 def matmul_ceiling(dtype, size: int = 8192) -> dict[str, float]:

@@ -46,12 +46,17 @@ def init_cache(
   """Returns an empty cache for `capacity` tokens a sequence.
 
   Memory: `B S (L C + F D)` elements of `config.dtype`.
+
+  Raises:
+    ValueError: no row or no token, or more bytes than the device has free.
   """
   if batch_size < 1 or capacity < 1:
     raise ValueError(
       "`batch_size` and `capacity` must be at least 1: got"
       f" batch_size={batch_size}, capacity={capacity}."
     )
+
+  _check_memory(config, batch_size, capacity)
 
   def rows(width):
     return jnp.zeros((batch_size, capacity, width), config.dtype)
@@ -65,6 +70,28 @@ def init_cache(
     ),
     lengths=jnp.zeros((batch_size,), jnp.int32),
   )
+
+
+def _check_memory(config, batch_size, capacity):
+  """Refuses a cache for which the device has no room, with the sum."""
+  # None on a CPU, whose memory is the host's.
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" not in stats:
+    return
+  free = stats["bytes_limit"] - stats["bytes_in_use"]
+  latents = config.num_hidden_layers * config.latent_dim
+  keys = config.schedule.num_full * config.index_head_dim
+  itemsize = jnp.dtype(config.dtype).itemsize
+  needed = batch_size * capacity * (latents + keys) * itemsize
+  if needed > free:
+    raise ValueError(
+      "`batch_size` x `capacity` must fit in the device's memory: got"
+      f" {batch_size} x {capacity} tokens x {(latents + keys) * itemsize} bytes"
+      f" ({config.num_hidden_layers} latents of {config.latent_dim} and"
+      f" {config.schedule.num_full} index keys of {config.index_head_dim}) ="
+      f" {needed / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free. Take"
+      " fewer or shorter sequences, or a schedule with fewer full layers."
+    )
 
 
 def write_rows(

@@ -1,6 +1,10 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill in chunks, decode with the cache, greedy or sampled."""
+"""Prefill in chunks, decode with the cache, greedy or sampled.
+
+Two compiled programs serve a generation of any length: one for a chunk of the
+prompt, one for a block of new tokens, whose loop runs on the device.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,12 +13,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32
+from absl import logging
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from indexcache_jax import cache as cache_lib
 from indexcache_jax import config as config_lib
 from indexcache_jax import model as model_lib
 from indexcache_jax import types
+
+# New tokens of one call of the device's loop; Ctrl-C is heard between two.
+_BLOCK = 32
+# Stands behind a row's stop token.
+NO_TOKEN = -1
 
 
 class PrefillResult(NamedTuple):
@@ -41,8 +51,8 @@ def prefill(
     tokens: padded at the right.
     lengths: real tokens of each row, at least 1.
     cache: of sufficient capacity for the padded tokens.
-    chunk_size: tokens of a chunk; activations are linear in it, and equal
-      chunks share one compilation. None: all at once.
+    chunk_size: tokens of a chunk; activations are linear in it. The last
+      chunk is padded, so that one compilation serves all. None: all at once.
 
   Returns:
     Next-token logits of every row, and the cache. The numbers are those of
@@ -63,8 +73,10 @@ def prefill(
       f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of a row: got"
       f" {lengths.tolist()}."
     )
+  size = min(size, tokens.shape[1])
+  tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)))
   logits = None
-  for start in range(0, tokens.shape[1], size):
+  for start in range(0, lengths.max(), size):
     in_chunk = jnp.asarray(np.clip(lengths - start, 0, size))
     new_logits, cache = _extend(
       model, params, tokens[:, start : start + size], in_chunk, cache
@@ -77,6 +89,18 @@ def prefill(
   return PrefillResult(logits, cache)
 
 
+class Sampling(NamedTuple):
+  """How a token is drawn.
+
+  Attributes:
+    temperature: divides the logits.
+    top_p: only the likeliest tokens that together reach this probability.
+  """
+
+  temperature: float
+  top_p: float
+
+
 def generate(
   config: config_lib.SparseTransformerConfig,
   params: dict,
@@ -84,24 +108,36 @@ def generate(
   *,
   max_new_tokens: int,
   temperature: float = 0.0,
+  top_p: float = 1.0,
+  stop_tokens: Sequence[int] = (),
   seed: int = 0,
   chunk_size: int | None = None,
 ) -> Int32[np.ndarray, "B new"]:
   """Continues prompts of any lengths under `config.schedule`.
 
+  Ctrl-C during decoding ends the generation, and what there is is returned.
+
   Args:
     config: of the model.
     params: its parameters.
     prompts: token ids of each sequence, at least one token each.
-    max_new_tokens: tokens to add to each.
+    max_new_tokens: tokens to add to each, at most.
     temperature: 0 takes the likeliest token; else samples at it.
-    seed: of the sampling.
+    top_p: samples from the likeliest tokens that together have this
+      probability; 1: from all.
+    stop_tokens: each ends the row in which it is drawn.
+    seed: of the sampling; a row's draws do not depend on how far others go.
     chunk_size: tokens of a prefill chunk, see `prefill`.
 
   Returns:
-    The new tokens of each prompt.
+    The new tokens of each prompt, a stop token included; -1 behind it.
+
+  Raises:
+    ValueError: an argument out of its range, or a cache that does not fit in
+      the device's memory.
   """
-  _check_prompts(config, prompts, max_new_tokens, temperature)
+  _check_prompts(config, prompts, max_new_tokens)
+  _check_sampling(config, temperature, top_p, stop_tokens)
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   tokens = np.zeros((len(prompts), lengths.max()), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -111,23 +147,55 @@ def generate(
     config, len(prompts), tokens.shape[1] + max_new_tokens
   )
   logits, cache = prefill(
-    model,
-    params,
-    jnp.asarray(tokens),
-    lengths,
-    cache,
-    chunk_size=chunk_size,
+    model, params, jnp.asarray(tokens), lengths, cache, chunk_size=chunk_size
   )
-  tokens, _ = _decode(
-    model,
-    params,
-    logits,
-    cache,
-    jax.random.key(seed),
-    float(temperature),
-    max_new_tokens,
+  state = DecodeState(
+    logits, cache, jnp.zeros(len(prompts), bool), jnp.int32(0)
   )
-  return np.asarray(tokens)
+  sampling = Sampling(temperature, top_p) if temperature else None
+  blocks = []
+  try:
+    for begin in range(0, max_new_tokens, _BLOCK):
+      limit = min(_BLOCK, max_new_tokens - begin)
+      state, block = decode_block(
+        model,
+        params,
+        state,
+        jax.random.key(seed),
+        sampling,
+        jnp.asarray(stop_tokens, jnp.int32),
+        jnp.int32(limit),
+      )
+      blocks.append(np.asarray(block)[:, :limit])
+      if np.all(state.is_done):
+        break
+  except KeyboardInterrupt:
+    logging.warning(
+      "Interrupted: %d of %d new tokens are returned.",
+      sum(block.shape[1] for block in blocks),
+      max_new_tokens,
+    )
+  new_tokens = np.full((len(prompts), max_new_tokens), NO_TOKEN, np.int32)
+  if blocks:
+    found = np.concatenate(blocks, axis=1)
+    new_tokens[:, : found.shape[1]] = found
+  return new_tokens
+
+
+class DecodeState(NamedTuple):
+  """What one new token hands to the next.
+
+  Attributes:
+    logits: of the token to draw.
+    cache: of all tokens before it.
+    is_done: rows that have drawn a stop token.
+    step: new tokens so far.
+  """
+
+  logits: Float32[Array, "B vocab"]
+  cache: cache_lib.Cache
+  is_done: Bool[Array, " B"]
+  step: Int32[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(4,))
@@ -142,25 +210,93 @@ def _extend(model, params, tokens, lengths, cache):
   return logits[:, 0], aux.cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
-def _decode(model, params, logits, cache, key, temperature, num_tokens):
-  def step(carry, key):
-    logits, cache = carry
-    if temperature == 0:
-      token = jnp.argmax(logits, axis=-1)
-    else:
-      token = jax.random.categorical(key, logits / temperature)
-    token = token.astype(jnp.int32)
-    logits, aux = model.apply({"params": params}, token[:, None], cache=cache)
-    return (logits[:, 0], aux.cache), token
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def decode_block(
+  model: model_lib.SparseTransformer,
+  params: dict,
+  state: DecodeState,
+  key: jax.Array,
+  sampling: Sampling | None,
+  stop_tokens: Int32[Array, " stop"],
+  limit: Int32[Array, ""],
+) -> tuple[DecodeState, Int32[Array, "B block"]]:
+  """Draws up to 32 tokens a row, in a loop on the device.
 
-  keys = jax.random.split(key, num_tokens)
-  (_, cache), tokens = jax.lax.scan(step, (logits, cache), keys)
-  # The cache is returned so that its donated memory is the loop's.
-  return tokens.T, cache
+  Args:
+    model: of the parameters.
+    params: its parameters.
+    state: after the prompt or the block before; its memory is taken over.
+    key: of the whole generation.
+    sampling: None for the likeliest token.
+    stop_tokens: each ends its row.
+    limit: tokens to draw.
+
+  Returns:
+    The state, and the tokens, -1 where none was drawn.
+  """
+  num_rows = state.logits.shape[0]
+  tokens = jnp.full((num_rows, _BLOCK), NO_TOKEN, jnp.int32)
+
+  def is_open(carry):
+    state, _, drawn = carry
+    return (drawn < limit) & ~jnp.all(state.is_done)
+
+  def draw_and_run(carry):
+    state, tokens, drawn = carry
+    token = _draw(state.logits, jax.random.fold_in(key, state.step), sampling)
+    shown = jnp.where(state.is_done, NO_TOKEN, token)
+    tokens = jax.lax.dynamic_update_slice(tokens, shown[:, None], (0, drawn))
+    logits, aux = model.apply(
+      {"params": params}, token[:, None], cache=state.cache
+    )
+    is_stop = jnp.any(token[:, None] == stop_tokens, axis=1)
+    state = DecodeState(
+      logits[:, 0], aux.cache, state.is_done | is_stop, state.step + 1
+    )
+    return state, tokens, drawn + 1
+
+  state, tokens, _ = jax.lax.while_loop(
+    is_open, draw_and_run, (state, tokens, jnp.int32(0))
+  )
+  return state, tokens
 
 
-def _check_prompts(config, prompts, max_new_tokens, temperature):
+def _draw(logits, key, sampling):
+  if sampling is None:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = _keep_top_p(logits / sampling.temperature, sampling.top_p)
+  return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _keep_top_p(logits, top_p):
+  """-inf for tokens behind those that reach `top_p`; the first always stays."""
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  probs = jax.nn.softmax(ordered, axis=-1)
+  before = jnp.cumsum(probs, axis=-1) - probs
+  # The likeliest first: its sum before it is 0, below any `top_p`.
+  least = jnp.min(
+    jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True
+  )
+  return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _check_sampling(config, temperature, top_p, stop_tokens):
+  if not temperature >= 0:  # True for NaN too.
+    raise ValueError(
+      "`temperature` must be 0 (likeliest token) or positive: got"
+      f" {temperature}."
+    )
+  if not 0 < top_p <= 1:
+    raise ValueError(f"`top_p` must be above 0 and at most 1: got {top_p}.")
+  wrong = [token for token in stop_tokens if not 0 <= token < config.vocab_size]
+  if wrong:
+    raise ValueError(
+      "`stop_tokens` must be token ids below `vocab_size`: got"
+      f" {wrong} for vocab_size={config.vocab_size}."
+    )
+
+
+def _check_prompts(config, prompts, max_new_tokens):
   if not len(prompts) or not all(len(prompt) for prompt in prompts):
     raise ValueError(
       "`prompts` must be one or more sequences of at least one token: got"
@@ -169,11 +305,6 @@ def _check_prompts(config, prompts, max_new_tokens, temperature):
   if max_new_tokens < 1:
     raise ValueError(
       f"`max_new_tokens` must be at least 1: got {max_new_tokens}."
-    )
-  if not temperature >= 0:  # True for NaN too.
-    raise ValueError(
-      "`temperature` must be 0 (likeliest token) or positive: got"
-      f" {temperature}."
     )
   arrays = [np.asarray(prompt) for prompt in prompts]
   for place, array in enumerate(arrays):

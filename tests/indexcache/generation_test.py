@@ -1,12 +1,14 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
 import functools
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 import indexcache_jax as ic
+from indexcache_jax import cache, generation
 from tests import tolerances
 from tests.indexcache import toy
 from tests.kernels import errors
@@ -92,6 +94,77 @@ class SamplingTest(absltest.TestCase):
   def test_a_low_temperature_is_greedy(self):
     np.testing.assert_array_equal(generate(temperature=1e-4), generate())
 
+  def test_a_low_top_p_is_greedy(self):
+    np.testing.assert_array_equal(
+      generate(temperature=1.0, top_p=1e-6), generate()
+    )
+
+  def test_top_p_keeps_the_likeliest_that_reach_it(self):
+    probs = np.array([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    for top_p, kept in (
+      (0.3, [[0], [3]]),
+      (0.5, [[0], [2, 3]]),
+      (0.75, [[0, 2], [1, 2, 3]]),
+      (1.0, [[0, 1, 2, 3]] * 2),
+    ):
+      logits = generation._keep_top_p(jnp.log(probs), top_p)
+      for row, places in zip(np.asarray(logits), kept, strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row > -np.inf), places)
+
+
+class BlocksTest(absltest.TestCase):
+  """Generations that are longer than one call of the device's loop."""
+
+  def setUp(self):
+    super().setUp()
+    block = generation._BLOCK
+    self.addCleanup(setattr, generation, "_BLOCK", block)
+    self.addCleanup(generation.decode_block.clear_cache)
+    generation._BLOCK = 4
+    generation.decode_block.clear_cache()
+
+  def test_blocks_change_no_token(self):
+    whole = generate(max_new_tokens=3)
+    np.testing.assert_array_equal(generate(max_new_tokens=10)[:, :3], whole)
+    sampled = generate(max_new_tokens=10, temperature=1.0)
+    generation._BLOCK = 32
+    generation.decode_block.clear_cache()
+    np.testing.assert_array_equal(
+      generate(max_new_tokens=10, temperature=1.0), sampled
+    )
+
+  def test_a_stop_token_ends_its_row_alone(self):
+    free = generate(max_new_tokens=10)
+    stop = int(free[0, 5])
+    stopped = generate(max_new_tokens=10, stop_tokens=[stop])
+    for row, expected in zip(stopped, free, strict=True):
+      places = np.flatnonzero(expected == stop)
+      end = places[0] + 1 if len(places) else 10
+      np.testing.assert_array_equal(row[:end], expected[:end])
+      np.testing.assert_array_equal(row[end:], generation.NO_TOKEN)
+
+  def test_ends_when_all_rows_have(self):
+    calls = mock.Mock(wraps=generation.decode_block)
+    with mock.patch.object(generation, "decode_block", calls):
+      tokens = generate(max_new_tokens=40, stop_tokens=range(64))
+    self.assertEqual(calls.call_count, 1)
+    np.testing.assert_array_equal(tokens[:, 1:], generation.NO_TOKEN)
+
+  def test_an_interrupted_generation_returns_what_it_has(self):
+    whole = generate(max_new_tokens=10)
+    decode_block, calls = generation.decode_block, []
+
+    def interrupt_the_second(*args):
+      calls.append(args)
+      if len(calls) == 2:
+        raise KeyboardInterrupt
+      return decode_block(*args)
+
+    with mock.patch.object(generation, "decode_block", interrupt_the_second):
+      tokens = generate(max_new_tokens=10)
+    np.testing.assert_array_equal(tokens[:, :4], whole[:, :4])
+    np.testing.assert_array_equal(tokens[:, 4:], generation.NO_TOKEN)
+
 
 class PrefillTest(parameterized.TestCase):
   def run_prefill(self, chunk_size, capacity=46, lengths=(20, 13)):
@@ -165,11 +238,31 @@ class ErrorsTest(parameterized.TestCase):
       {"prompts": [[63], [-1, 5]]},
       "below `vocab_size`: got ids from -1 to 63 for vocab_size=64",
     ),
+    ("top_p", {"top_p": 0.0}, r"`top_p` must be above 0 .*got 0\.0"),
+    (
+      "stop_tokens",
+      {"stop_tokens": [3, 64]},
+      r"`stop_tokens` .*got \[64\] for vocab_size=64",
+    ),
     ("chunk_size", {"chunk_size": 0}, "`chunk_size` must be at least 1: got 0"),
   )
   def test_says_the_rule_and_the_values(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
       generate(**changes)
+
+  def test_a_cache_beyond_the_memory_says_the_sum(self):
+    device = mock.Mock()
+    device.memory_stats.return_value = {
+      "bytes_limit": 3 << 10,
+      "bytes_in_use": 1 << 10,
+    }
+    with (
+      mock.patch.object(cache.jax, "devices", lambda: [device]),
+      self.assertRaisesRegex(
+        ValueError, r"got 5 x 46 tokens x .* GiB are free"
+      ),
+    ):
+      generate()
 
   @parameterized.parameters(
     # An int32 array would take 1.9 as 1.
