@@ -37,7 +37,7 @@ class PrefillResult(NamedTuple):
 def prefill(
   model: model_lib.SparseTransformer,
   params: dict,
-  tokens: types.Tokens,
+  tokens: types.Tokens | Int32[np.ndarray, "B T"],
   lengths: Int[Array, " B"] | Int[np.ndarray, " B"],
   cache: cache_lib.Cache,
   *,
@@ -74,12 +74,17 @@ def prefill(
       f" {lengths.tolist()}."
     )
   size = min(size, tokens.shape[1])
-  tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)))
+  # On the host: slices there start no program of their own.
+  tokens = np.pad(np.asarray(tokens), ((0, 0), (0, -tokens.shape[1] % size)))
   logits = None
   for start in range(0, lengths.max(), size):
     in_chunk = jnp.asarray(np.clip(lengths - start, 0, size))
-    new_logits, cache = _extend(
-      model, params, tokens[:, start : start + size], in_chunk, cache
+    new_logits, cache = extend(
+      model,
+      params,
+      jnp.asarray(tokens[:, start : start + size]),
+      in_chunk,
+      cache,
     )
     # A row ends in exactly one chunk; it has no logits in a later one.
     is_here = (in_chunk > 0)[:, None]
@@ -147,7 +152,7 @@ def generate(
     config, len(prompts), tokens.shape[1] + max_new_tokens
   )
   logits, cache = prefill(
-    model, params, jnp.asarray(tokens), lengths, cache, chunk_size=chunk_size
+    model, params, tokens, lengths, cache, chunk_size=chunk_size
   )
   state = DecodeState(
     logits, cache, jnp.zeros(len(prompts), bool), jnp.int32(0)
@@ -199,7 +204,25 @@ class DecodeState(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(4,))
-def _extend(model, params, tokens, lengths, cache):
+def extend(
+  model: model_lib.SparseTransformer,
+  params: dict,
+  tokens: types.Tokens,
+  lengths: Int32[Array, " B"],
+  cache: cache_lib.Cache,
+) -> tuple[Float32[Array, "B vocab"], cache_lib.Cache]:
+  """Appends one chunk of right-padded tokens; `prefill` checks its arguments.
+
+  Args:
+    model: of the parameters.
+    params: its parameters.
+    tokens: of the chunk.
+    lengths: real tokens of each row, 0 where the row has ended.
+    cache: its memory is taken over.
+
+  Returns:
+    Logits after each row's last real token, and the cache.
+  """
   logits, aux = model.apply(
     {"params": params},
     tokens,
