@@ -8,8 +8,10 @@ Each op runs in a child process under a watchdog: a kernel whose barrier is
 wrong hangs, and holds its process.
 """
 
+import concurrent.futures
 import datetime
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,6 +22,9 @@ from absl import app, flags
 from tests.gpu import cases
 
 _OPS = flags.DEFINE_list("ops", list(cases.OPS), "Ops.")
+_JOBS = flags.DEFINE_integer(
+  "jobs", 1, "Ops tested at the same time.", lower_bound=1
+)
 _LOG = flags.DEFINE_string("log", "", "Also write the summary here.")
 _TIMEOUT = flags.DEFINE_integer("timeout", 900, "Seconds for one op.")
 
@@ -35,17 +40,15 @@ def main(_):
     f"python -m tests.gpu.run_tests, {datetime.date.today().isoformat()}",
     " ".join(_output([sys.executable, "-c", _VERSIONS]).split()),
   ]
-  failed = 0
   for op in _OPS.value:
-    module = f"tests.gpu.{op}_device_test"
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(_module(op)) is None:
       raise ValueError(f"`--ops` must be among {cases.OPS}: got {op!r}.")
-    begin = time.monotonic()
-    passed, end = run(module)
-    failed += not passed
-    word = "passed" if passed else "FAILED"
-    lines.append(f"{word} {op} {time.monotonic() - begin:.0f}s: {end}")
-    print(lines[-1], flush=True)
+  failed = 0
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+    for passed, line in pool.map(run, _OPS.value):
+      failed += not passed
+      lines.append(line)
+      print(line, flush=True)
   if _LOG.value:
     path = pathlib.Path(_LOG.value)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,17 +56,24 @@ def main(_):
   sys.exit(failed > 0)
 
 
-def run(module):
-  """Runs one module's tests.
+def _module(op):
+  return f"tests.gpu.{op}_device_test"
+
+
+def run(op):
+  """Runs one op's tests.
 
   Returns:
-    Whether all passed, and the last lines of what it printed.
+    Whether all passed, and a line that says so.
   """
+  begin = time.monotonic()
   process = subprocess.Popen(
-    [sys.executable, "-m", module],
+    [sys.executable, "-m", _module(op)],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    # Several processes share the GPU's memory.
+    env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
   )
   try:
     output, _ = process.communicate(timeout=_TIMEOUT.value)
@@ -72,9 +82,12 @@ def run(module):
     output, _ = process.communicate()
     output += f"\nhung: killed after {_TIMEOUT.value} s"
   words = [line for line in output.splitlines() if line.strip()]
-  if process.returncode:
+  passed = process.returncode == 0
+  if not passed:
     print(output, flush=True)
-  return process.returncode == 0, "; ".join(words[-2:])
+  word = "passed" if passed else "FAILED"
+  seconds = time.monotonic() - begin
+  return passed, f"{word} {op} {seconds:.0f}s: {'; '.join(words[-2:])}"
 
 
 def _output(command):
