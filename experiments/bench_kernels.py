@@ -40,13 +40,8 @@ def main(argv):
   """Checks, times, prints a table and writes it."""
   common.reject_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  if jax.default_backend() != "gpu":
-    raise ValueError(
-      "bench_kernels needs a GPU that JAX sees: got the platform"
-      f" {jax.default_backend()!r}. Install JAX with its `cuda13` extra, on a"
-      " machine with a Hopper GPU."
-    )
   chosen = choose(_OPS.value, _SHAPES.value)
+  kernel_timing.require_gpu("bench_kernels")
   provenance = {
     **common.environment(),
     "date": datetime.date.today().isoformat(),

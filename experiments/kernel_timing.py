@@ -15,6 +15,16 @@ _FLUSH_FLOATS = 64 << 20
 _LAUNCH_BOUND_MS = 0.3
 
 
+def require_gpu(script: str) -> None:
+  """Raises ValueError where JAX sees no GPU, whose driver counts the time."""
+  if jax.default_backend() != "gpu":
+    raise ValueError(
+      f"{script} needs a GPU that JAX sees: got the platform"
+      f" {jax.default_backend()!r}. Install JAX with its `cuda13` extra, on a"
+      " machine with a Hopper GPU."
+    )
+
+
 def isolated_ms(function: Callable, *args, repeats: int = 7) -> float:
   """Median milliseconds of the kernels of one call, caches flushed before.
 
@@ -44,6 +54,17 @@ def isolated_ms(function: Callable, *args, repeats: int = 7) -> float:
     _, kernels = measured(flushed, *args)
     times.append(sum(ms for _, ms in kernels[len(alone) :]))
   return statistics.median(times)
+
+
+def kernel_times(function: Callable, *args) -> list[tuple[str, float]]:
+  """Name and milliseconds of each kernel of one call, after a warm-up."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  measure = profiler.Cupti(finalize=False).measure(
+    jax.jit(function), aggregate=False
+  )
+  measure(*args)
+  return measure(*args)[1]
 
 
 def sustained_ms(function: Callable, *args, launches: int = 40) -> float:

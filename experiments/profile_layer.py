@@ -1,0 +1,215 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Where a layer's time goes: each kind of kernel, its floor and its share.
+
+  python -m experiments.profile_layer --contexts=10000,60000,120000,200000
+
+One layer of experts with a cache, full and shared, at the end of a prompt: a
+prefill chunk, and one token. Times are the driver's, of each kernel; a floor is
+the larger of operations at the card's matrix rate and bytes at its bandwidth,
+both measured in the same run.
+"""
+
+import collections
+import datetime
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+
+import indexcache_jax as ic
+from experiments import common, kernel_timing, random_model
+from indexcache_jax import attention, costs, decoder, presets
+
+_PRESET = flags.DEFINE_enum(
+  "preset", "glm_47_flash_dsa", sorted(presets.PRESETS), "Whose layer."
+)
+_CONTEXTS = flags.DEFINE_list(
+  "contexts", ["10000", "60000", "120000", "200000"], "Keys."
+)
+_CHUNK_SIZE = flags.DEFINE_integer(
+  "chunk_size", 5000, "Tokens of a prefill chunk.", lower_bound=1
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir", "runs/layer", "Where profile.jsonl goes."
+)
+
+# The first word that a kernel's name holds says what it does.
+_KINDS = {
+  "top_k": "selection",
+  "indexer": "scores",
+  "sparse_mla": "attention",
+  "ragged_dot": "experts",
+  "grouped": "experts",
+}
+_REST = "projections and rest"
+_COLUMNS = ("phase", "context", "layer", "kind", "ms", "floor_ms", "share")
+
+
+def main(argv):
+  """Profiles every combination and prints a table."""
+  common.reject_arguments(argv)
+  logging.set_verbosity(logging.WARNING)
+  kernel_timing.require_gpu("profile_layer")
+  config = presets.PRESETS[_PRESET.value]()
+  config = config.replace(
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    schedule=ic.ReuseSchedule.all_full(1),
+  )
+  rates = Rates(
+    kernel_timing.matmul_ceiling(config.dtype)["sustained"] * 1e12,
+    kernel_timing.copy_ceiling() * 1e12,
+  )
+  provenance = {
+    **common.environment(),
+    "preset": _PRESET.value,
+    "flops": rates.flops,
+    "bandwidth": rates.bandwidth,
+    "date": datetime.date.today().isoformat(),
+  }
+  params = random_model.random_params(config)["layers_0"]
+  records = []
+  print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
+  for context in map(int, _CONTEXTS.value):
+    for phase, tokens in (("prefill", _CHUNK_SIZE.value), ("decode", 1)):
+      for layer in ("full", "shared"):
+        times = profile(config, params, layer == "full", tokens, context)
+        for record in summarize(
+          config, times, rates, layer == "full", tokens, context
+        ):
+          record = {
+            "phase": phase,
+            "context": context,
+            "layer": layer,
+            **record,
+          }
+          records.append({**record, **provenance})
+          print(_row(record), flush=True)
+  lines = "\n".join(json.dumps(record) for record in records)
+  path = pathlib.Path(_OUTPUT_DIR.value) / "profile.jsonl"
+  common.write_text(path, lines + "\n")
+
+
+class Rates:
+  """Operations and bytes a second of the card."""
+
+  def __init__(self, flops: float, bandwidth: float):
+    """Keeps what was measured."""
+    self.flops = flops
+    self.bandwidth = bandwidth
+
+  def floor_ms(self, flops: float, num_bytes: float) -> float:
+    """The least time of that much work."""
+    return max(flops / self.flops, num_bytes / self.bandwidth) * 1e3
+
+
+def profile(config, params, is_full, tokens, context) -> dict[str, float]:
+  """Milliseconds of each kind of kernel in one call of a layer."""
+  module = decoder.DecoderLayer(config, use_experts=True)
+  keys = jax.random.split(jax.random.key(0), 4)
+  dtype = config.dtype
+  hidden = jax.random.normal(keys[0], (1, tokens, config.hidden_size), dtype)
+  cache = attention.LayerCache(
+    jax.random.normal(keys[1], (1, context, config.latent_dim), dtype),
+    jax.random.normal(keys[2], (1, context, config.index_head_dim), dtype)
+    if is_full
+    else None,
+  )
+  attended = attention.make_context(
+    config,
+    jnp.zeros((1, tokens), jnp.int32),
+    cache_lengths=jnp.full((1,), context - tokens, jnp.int32),
+  )
+  k = config.index_topk
+  stride = max(1, (context - tokens) // k)
+  indices = stride * jnp.arange(k) + jax.random.randint(
+    keys[3], (1, tokens, k), 0, stride
+  )
+  index = None if is_full else attention.IndexState(indices.astype(jnp.int32))
+
+  def run(params, hidden, cache, index):
+    out, index, cache, _ = module.apply(
+      {"params": params}, hidden, attended, index, cache, is_full
+    )
+    return out, index.topk_indices, cache
+
+  totals = collections.Counter()
+  # The cache is not donated, for it is read again: XLA copies it first, which
+  # is no kernel and not in the times.
+  for name, ms in kernel_timing.kernel_times(run, params, hidden, cache, index):
+    kind = next((k for word, k in _KINDS.items() if word in name), _REST)
+    totals[kind] += ms
+  return dict(totals)
+
+
+def summarize(config, times, rates, is_full, tokens, context) -> list[dict]:
+  """Adds floors and shares."""
+  floors = {
+    kind: rates.floor_ms(*work)
+    for kind, work in work_of(config, is_full, tokens, context).items()
+  }
+  total = sum(times.values())
+  records = [
+    {
+      "kind": kind,
+      "ms": ms,
+      "floor_ms": floors[kind],
+      "share": ms / total,
+    }
+    for kind, ms in sorted(times.items(), key=lambda item: -item[1])
+  ]
+  floor = sum(floors[kind] for kind in times)
+  return [
+    *records,
+    {"kind": "all", "ms": total, "floor_ms": floor, "share": 1.0},
+  ]
+
+
+def work_of(
+  config: ic.SparseTransformerConfig, is_full: bool, tokens: int, context: int
+) -> dict[str, tuple[float, float]]:
+  """Operations and least bytes of each kind of kernel of one layer."""
+  itemsize = jnp.dtype(config.dtype).itemsize
+  pairs = tokens * (context - (tokens - 1) / 2)
+  indexer = costs.indexer_costs(config)
+  k = min(config.index_topk, context)
+  heads, width = config.num_attention_heads, config.latent_dim
+  rows = tokens * config.num_experts_per_tok
+  matrix = config.hidden_size * config.moe_intermediate_size
+  used = min(config.n_routed_experts, rows)
+  rest = (
+    costs.projection_flops(config)
+    + (indexer.projection_flops if is_full else 0)
+    + costs.mlp_flops(config, use_experts=True)
+    - 6 * matrix * config.num_experts_per_tok
+  )
+  return {
+    "scores": (
+      pairs * indexer.score_flops,
+      context * indexer.key_bytes + 4 * pairs,
+    ),
+    "selection": (0, 4 * pairs),
+    "attention": (
+      2 * tokens * heads * k * (width + config.kv_lora_rank),
+      # From the second-level cache where that holds the rows.
+      min(tokens * k, context) * width * itemsize,
+    ),
+    "experts": (2 * rows * 3 * matrix, used * 3 * matrix * itemsize),
+    # Each of its parameters is multiplied and added once a token.
+    _REST: (tokens * rest, rest / 2 * itemsize),
+  }
+
+
+def _row(record):
+  cells = (
+    f"{record[c]:.4g}" if isinstance(record[c], float) else str(record[c])
+    for c in _COLUMNS
+  )
+  return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+  common.run(main)
