@@ -25,19 +25,19 @@ class GroupedMatmulDeviceTest(grouped_test.GroupedMatmulTest):
 
 class RandomGroupsTest(parameterized.TestCase):
   @parameterized.product(
-    num_rows=(1, 4, 8, 63, 64, 65, 300), widths=((2048, 1536), (1536, 2048))
+    num_rows=(1, 4, 63, 64, 65, 300), widths=((256, 1536), (1536, 128))
   )
   def test_equals_xla_in_float32(self, num_rows, widths):
     rng = np.random.default_rng(num_rows)
-    for _ in range(5):
+    run = jax.jit(
+      pallas_kernels.grouped_matmul, static_argnames="implementation"
+    )
+    for seed in range(10):
       groups = rng.integers(0, 16, num_rows)
       sizes = jnp.asarray(np.bincount(groups, minlength=16), jnp.int32)
       rows, matrices = (
-        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
         for shape in ((num_rows, widths[0]), (16, *widths))
-      )
-      run = jax.jit(
-        pallas_kernels.grouped_matmul, static_argnames="implementation"
       )
       actual = run(rows, matrices, sizes, implementation="mosaic_gpu")
       expected = run(
@@ -52,7 +52,7 @@ class RandomGroupsTest(parameterized.TestCase):
         # Values grow with the square root of the width.
         **tolerances.tolerance("bfloat16", widths[0]),
       )
-      for _ in range(20):
+      for _ in range(2):
         again = run(rows, matrices, sizes, implementation="mosaic_gpu")
         np.testing.assert_array_equal(again, actual)
 

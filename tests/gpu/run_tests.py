@@ -4,22 +4,19 @@
 
   python -m tests.gpu.run_tests [--ops=topk] [--log=FILE]
 
-Each op runs in a child process under a watchdog: a kernel whose barrier is
-wrong hangs, and holds its process.
+Each op runs in a child process under a watchdog.
 """
 
 import concurrent.futures
 import datetime
 import importlib.util
-import os
 import pathlib
 import subprocess
 import sys
-import time
 
 from absl import app, flags
 
-from tests.gpu import cases
+from tests.gpu import cases, device
 
 _OPS = flags.DEFINE_list("ops", list(cases.OPS), "Ops.")
 _JOBS = flags.DEFINE_integer(
@@ -61,33 +58,8 @@ def _module(op):
 
 
 def run(op):
-  """Runs one op's tests.
-
-  Returns:
-    Whether all passed, and a line that says so.
-  """
-  begin = time.monotonic()
-  process = subprocess.Popen(
-    [sys.executable, "-m", _module(op)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    # Several processes share the GPU's memory.
-    env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-  )
-  try:
-    output, _ = process.communicate(timeout=_TIMEOUT.value)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    output, _ = process.communicate()
-    output += f"\nhung: killed after {_TIMEOUT.value} s"
-  words = [line for line in output.splitlines() if line.strip()]
-  passed = process.returncode == 0
-  if not passed:
-    print(output, flush=True)
-  word = "passed" if passed else "FAILED"
-  seconds = time.monotonic() - begin
-  return passed, f"{word} {op} {seconds:.0f}s: {'; '.join(words[-2:])}"
+  """Runs one op's tests; whether all passed, and a line."""
+  return device.run_child(op, "-m", _module(op), timeout=_TIMEOUT.value)
 
 
 def _output(command):
