@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 import pallas_kernels
-from indexcache_jax import attention, dense_mla, types
+from indexcache_jax import attention, types
 from indexcache_jax import config as config_lib
 from indexcache_jax import model as model_lib
 from pallas_kernels import chunking
@@ -81,26 +81,24 @@ def dense_index_kl(
 ) -> Float32[Array, "B T"]:
   """Stage 1: KL over all visible keys.
 
-  Memory: query chunks of at most 128 MiB, recomputed in the backward pass;
-  neither teacher nor scores are kept.
+  Memory: a few arrays of at most 128 MiB, of a chunk of queries by all keys,
+  recomputed in the backward pass; neither teacher nor scores are kept.
   """
   query, kv_latent = jax.lax.stop_gradient(inputs)
 
   def chunk_kl(query, index_q, index_weights, key_start, key_end):
-    teacher = jnp.mean(
-      dense_mla.head_probs(query, kv_latent, key_start, key_end, scale=scale),
-      axis=2,
+    _, teacher = pallas_kernels.dense_mla_residuals(
+      query, kv_latent, key_start, key_end, scale=scale
     )
     scores = pallas_kernels.indexer_scores(
       index_q, state.index_k, index_weights, key_start, key_end
     )
     return kl_divergence(_masked_log_softmax(scores), teacher)
 
-  heads = max(query.shape[2], state.index_q.shape[2])
   return chunking.map_query_chunks(
     chunk_kl,
     (query, state.index_q, state.index_weights, key_start, key_end),
-    bytes_per_query=4 * query.shape[0] * heads * kv_latent.shape[1],
+    bytes_per_query=4 * query.shape[0] * kv_latent.shape[1],
   )
 
 

@@ -9,20 +9,24 @@ further lowering, `shapes.py` (the shapes of real models). Letters in shapes:
   D indexer head dim, C latent width, V value width, K index_topk.
 """
 
+from pallas_kernels.dense_attention.api import dense_mla_residuals
 from pallas_kernels.grouped.api import grouped_matmul
 from pallas_kernels.indexer.api import (
   indexer_scores,
   indexer_topk,
   selected_indexer_scores,
 )
+from pallas_kernels.indexer.quantization import quantize_rows
 from pallas_kernels.sparse_attention.api import SparseMLAResiduals, sparse_mla
 from pallas_kernels.topk.api import top_k
 
 __all__ = [
   "SparseMLAResiduals",
+  "dense_mla_residuals",
   "grouped_matmul",
   "indexer_scores",
   "indexer_topk",
+  "quantize_rows",
   "selected_indexer_scores",
   "sparse_mla",
   "top_k",

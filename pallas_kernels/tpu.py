@@ -4,6 +4,7 @@
 
 from typing import NamedTuple
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 
@@ -28,8 +29,6 @@ class Chip(NamedTuple):
     return self.vmem_bytes * 7 // 8
 
 
-# The interpreter has no chip: it gets the least VMEM of v5e to 7x.
-_INTERPRETER = Chip("interpreter", 64 << 20, 1, True)
 # The oldest generation that the kernels are compiled for.
 _OLDEST = 5
 
@@ -38,12 +37,14 @@ def chip() -> Chip:
   """The chip of the default device or of the abstract mesh in use.
 
   Raises:
-    NotImplementedError: a TPU before v5.
+    NotImplementedError: no TPU, or one before v5.
   """
   try:
     info = pltpu.get_tpu_info()
-  except ValueError:  # No TPU: Pallas refuses, unless it interprets.
-    return _INTERPRETER
+  except ValueError:
+    raise NotImplementedError(
+      f"the TPU kernels need a TPU: got the platform {jax.default_backend()!r}"
+    ) from None
   if info.generation < _OLDEST:
     raise NotImplementedError(
       f"the TPU kernels are compiled for v5e, v5p, v6e and 7x: got"

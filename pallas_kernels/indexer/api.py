@@ -4,17 +4,27 @@
 
 `score[t, s] = sum_i weight[t, i] relu(index_q[t, i] . index_k[s])`
 (DeepSeek-V3.2 technical report, equation 1), accumulated in float32.
+Quantised rows have scales: a query's belongs into its weights, a key's into
+`key_scale`, a factor on the score.
 """
 
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.indexer import mosaic_tpu, reference
+from pallas_kernels.indexer import (
+  mosaic_gpu,
+  mosaic_gpu_selected,
+  mosaic_tpu,
+  reference,
+)
 
-_ORDER: dict[str, tuple[str, ...]] = {"tpu": ("mosaic_tpu",)}
-# XLA everywhere: the selected rows are few.
-_NO_ORDER: dict[str, tuple[str, ...]] = {}
+_ORDER: dict[str, tuple[str, ...]] = {
+  "gpu": ("mosaic_gpu",),
+  "tpu": ("mosaic_tpu",),
+}
+# XLA on a TPU: the selected rows are few.
+_SELECTED_ORDER: dict[str, tuple[str, ...]] = {"gpu": ("mosaic_gpu",)}
 
 
 def indexer_scores(
@@ -24,6 +34,7 @@ def indexer_scores(
   key_start: Int32[Array, "B T"],
   key_end: Int32[Array, "B T"],
   *,
+  key_scale: Float32[Array, "B S"] | None = None,
   implementation: str | None = None,
 ) -> Float32[Array, "B T S"]:
   """Scores every key; -inf where `key_start <= s < key_end` does not hold.
@@ -37,7 +48,9 @@ def indexer_scores(
     index_weights: head weights, scale factors included.
     key_start: first visible key of each query.
     key_end: one past its last visible key.
-    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
+    key_scale: positive factor on the scores of each key, detached; None: 1.
+    implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
+      platform.
 
   Returns:
     Float32 scores.
@@ -46,9 +59,14 @@ def indexer_scores(
     ValueError: shapes that do not fit.
   """
   _check(index_q, index_k, index_weights, key_start, key_end)
+  _check_scale(index_k, key_scale)
   return dispatch.run(
     "indexer_scores",
-    {"mosaic_tpu": mosaic_tpu.indexer_scores, "xla": reference.indexer_scores},
+    {
+      "mosaic_gpu": mosaic_gpu.indexer_scores,
+      "mosaic_tpu": _without_scale(mosaic_tpu.indexer_scores),
+      "xla": reference.indexer_scores,
+    },
     _ORDER,
     implementation,
     index_q,
@@ -56,6 +74,7 @@ def indexer_scores(
     index_weights,
     key_start,
     key_end,
+    key_scale=jax.lax.stop_gradient(key_scale),
   )
 
 
@@ -67,6 +86,7 @@ def indexer_topk(
   key_end: Int32[Array, "B T"],
   *,
   k: int,
+  key_scale: Float32[Array, "B S"] | None = None,
   implementation: str | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Selects for each query the k visible keys of largest score.
@@ -81,7 +101,9 @@ def indexer_topk(
     key_start: first visible key of each query.
     key_end: one past its last visible key.
     k: index_topk.
-    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
+    key_scale: positive factor on the scores of each key; None: 1.
+    implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
+      platform.
 
   Returns:
     Ascending indices; where fewer than k keys are visible, all of them and -1
@@ -94,12 +116,17 @@ def indexer_topk(
   _check(index_q, index_k, index_weights, key_start, key_end)
   if k < 1:
     raise ValueError(f"`k` (index_topk) must be at least 1: got {k}.")
-  index_q, index_k, index_weights = jax.lax.stop_gradient(
-    (index_q, index_k, index_weights)
+  _check_scale(index_k, key_scale)
+  index_q, index_k, index_weights, key_scale = jax.lax.stop_gradient(
+    (index_q, index_k, index_weights, key_scale)
   )
   return dispatch.run(
     "indexer_topk",
-    {"mosaic_tpu": mosaic_tpu.indexer_topk, "xla": reference.indexer_topk},
+    {
+      "mosaic_gpu": mosaic_gpu.indexer_topk,
+      "mosaic_tpu": _without_scale(mosaic_tpu.indexer_topk),
+      "xla": reference.indexer_topk,
+    },
     _ORDER,
     implementation,
     index_q,
@@ -108,6 +135,7 @@ def indexer_topk(
     key_start,
     key_end,
     k,
+    key_scale=key_scale,
   )
 
 
@@ -126,11 +154,13 @@ def selected_indexer_scores(
     index_k: one key a token, shared by the heads.
     index_weights: head weights, scale factors included.
     topk_indices: as `indexer_topk` returns them.
-    implementation: "xla"; None: the best for this platform.
+    implementation: "mosaic_gpu", "xla"; None: the best for this platform.
 
   Returns:
     Float32 scores, differentiable in the first three arguments. Memory
-    beyond the result: chunks of queries, recomputed in the backward pass.
+    beyond the result: "xla", chunks of queries, recomputed in the backward
+    pass; "mosaic_gpu", backward, a float32 copy of `index_k`, whose gradient
+    it sums in no fixed order (last bits differ from run to run).
 
   Raises:
     ValueError: shapes that do not fit.
@@ -138,8 +168,11 @@ def selected_indexer_scores(
   _check(index_q, index_k, index_weights, topk_indices[..., 0])
   return dispatch.run(
     "selected_indexer_scores",
-    {"xla": reference.selected_indexer_scores},
-    _NO_ORDER,
+    {
+      "mosaic_gpu": mosaic_gpu_selected.selected_indexer_scores,
+      "xla": reference.selected_indexer_scores,
+    },
+    _SELECTED_ORDER,
     implementation,
     index_q,
     index_k,
@@ -167,3 +200,22 @@ def _check(index_q, index_k, index_weights, *per_query):
         "`key_start`, `key_end` or `topk_indices` must have one row a query:"
         f" got {array.shape}, index_q.shape={index_q.shape}."
       )
+
+
+def _check_scale(index_k, key_scale):
+  if key_scale is not None and key_scale.shape != index_k.shape[:2]:
+    raise ValueError(
+      "`key_scale` must have one factor a key: got"
+      f" key_scale.shape={key_scale.shape}, index_k.shape={index_k.shape}."
+    )
+
+
+def _without_scale(implementation):
+  """An implementation that refuses scales."""
+
+  def run(*args, key_scale):
+    if key_scale is not None:
+      raise NotImplementedError("the kernel has no factor on a key's scores")
+    return implementation(*args)
+
+  return run

@@ -17,8 +17,10 @@ def indexer_scores(
   index_weights: Float32[Array, "B T I"],
   key_start: Int32[Array, "B T"],
   key_end: Int32[Array, "B T"],
+  key_scale: Float32[Array, "B S"] | None = None,
 ) -> Float32[Array, "B T S"]:
   """All scores of a chunk of queries, head by head: no I x T x S array."""
+  index_q, index_k = map(_widen, (index_q, index_k))
   keys = jnp.arange(index_k.shape[1])
   is_visible = (keys >= key_start[..., None]) & (keys < key_end[..., None])
   # Zeroed, lest the gradient of the queries meet 0 * NaN: keys that no query
@@ -26,8 +28,9 @@ def indexer_scores(
   is_seen = jnp.any(is_visible, axis=1)
   index_k = jnp.where(is_seen[..., None], index_k, 0)
 
-  def add_head(scores, head):
-    index_q, weights = head
+  # Recomputed, lest the backward pass find I x T x S products kept for it.
+  @jax.checkpoint
+  def of_head(index_q, weights, index_k):
     products = jnp.einsum(
       "btd,bsd->bts",
       index_q,
@@ -35,12 +38,17 @@ def indexer_scores(
       preferred_element_type=jnp.float32,
       precision=numerics.precision(index_q.dtype),
     )
-    return scores + weights[..., None] * jax.nn.relu(products), None
+    return weights[..., None] * jax.nn.relu(products)
+
+  def add_head(scores, head):
+    return scores + of_head(*head, index_k), None
 
   heads = (jnp.moveaxis(index_q, 2, 0), jnp.moveaxis(index_weights, 2, 0))
   scores, _ = jax.lax.scan(
     add_head, jnp.zeros(is_visible.shape, jnp.float32), heads
   )
+  if key_scale is not None:
+    scores *= jnp.where(is_seen, key_scale, 1)[:, None]
   return jnp.where(is_visible, scores, -jnp.inf)
 
 
@@ -51,11 +59,14 @@ def indexer_topk(
   key_start: Int32[Array, "B T"],
   key_end: Int32[Array, "B T"],
   k: int,
+  key_scale: Float32[Array, "B S"] | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time."""
 
   def select(index_q, index_weights, key_start, key_end):
-    scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end)
+    scores = indexer_scores(
+      index_q, index_k, index_weights, key_start, key_end, key_scale
+    )
     return topk_reference.top_k(scores, k, None)
 
   return chunking.map_query_chunks(
@@ -92,3 +103,8 @@ def selected_indexer_scores(
     (index_q, index_weights, topk_indices),
     bytes_per_query=4 * batch * max(heads, dim) * topk_indices.shape[-1],
   )
+
+
+def _widen(x):
+  """8-bit floats as bfloat16, exactly: not every platform multiplies them."""
+  return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x

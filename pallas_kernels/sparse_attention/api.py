@@ -5,14 +5,15 @@
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.sparse_attention import mosaic_tpu, reference
+from pallas_kernels.sparse_attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
 _IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu.sparse_mla,
   "mosaic_tpu": mosaic_tpu.sparse_mla,
   "xla": reference.sparse_mla,
 }
-_ORDER = {"tpu": ("mosaic_tpu",)}
+_ORDER = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 
 
 def sparse_mla(
@@ -42,12 +43,13 @@ def sparse_mla(
     scale: factor on the logits.
     value_dim: leading columns of a row that are its value (kv_lora_rank).
     return_residuals: also return `SparseMLAResiduals`.
-    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
+    implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
+      platform.
 
   Returns:
     Output in `query`'s dtype, zeros for a query without a row; with residuals
     if asked. Differentiable in `query` and `kv_latent`. Memory beyond that:
-    chunks of queries, recomputed in the backward pass.
+    chunks of queries in XLA, recomputed in the backward pass.
 
   Raises:
     ValueError: shapes that do not fit.

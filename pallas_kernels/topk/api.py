@@ -5,10 +5,17 @@
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.topk import mosaic_tpu, reference
+from pallas_kernels.topk import mosaic_gpu, mosaic_tpu, reference
 
-_IMPLEMENTATIONS = {"mosaic_tpu": mosaic_tpu.top_k, "xla": reference.top_k}
-_ORDER: dict[str, tuple[str, ...]] = {"tpu": ("mosaic_tpu",)}
+_IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu.top_k,
+  "mosaic_tpu": mosaic_tpu.top_k,
+  "xla": reference.top_k,
+}
+_ORDER: dict[str, tuple[str, ...]] = {
+  "gpu": ("mosaic_gpu",),
+  "tpu": ("mosaic_tpu",),
+}
 
 
 def top_k(
@@ -29,7 +36,8 @@ def top_k(
     k: indices wanted a row; may exceed S.
     lengths: only the first `lengths` scores of a row count; None: all.
       Whatever stands behind them is not read.
-    implementation: "mosaic_tpu", "xla"; None: the best for this platform.
+    implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
+      platform.
 
   Returns:
     Indices in ascending order, -1 at the row's end where fewer than k scores

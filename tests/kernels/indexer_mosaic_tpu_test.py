@@ -93,8 +93,9 @@ class MosaicTpuUnfitTest(absltest.TestCase):
 
   def test_says_what_it_needs(self):
     q, k = jnp.zeros((1, 4, 16, 8)), jnp.zeros((1, 9, 8))
-    self.check(q.astype(jnp.bfloat16), k, "one dtype: got bfloat16")
-    self.check(q.astype(jnp.float16), k.astype(jnp.float16), "got float16")
+    with interpreters.chip():
+      self.check(q.astype(jnp.bfloat16), k, "one dtype: got bfloat16")
+      self.check(q.astype(jnp.float16), k.astype(jnp.float16), "got float16")
     chip = tpu.Chip("v5e", 128 << 20, 1, False)
     float8 = [x.astype(jnp.float8_e4m3fn) for x in (q, k)]
     with mock.patch.object(tpu, "chip", return_value=chip):

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels import chunking
-from pallas_kernels.indexer import shapes
+from pallas_kernels.indexer import quantization, shapes
 from tests import tolerances
 from tests.kernels import errors, loops
 
@@ -31,7 +32,12 @@ class IndexerTest(parameterized.TestCase):
   IMPLEMENTATION = "xla"
   # Of `selected_indexer_scores`.
   SELECTED_IMPLEMENTATION = "xla"
+  # Of queries and keys: products of bfloat16 are exact in float32.
+  DTYPE = jnp.float32
   COMPILER_OPTIONS = None
+
+  def inputs(self, shape, **kwargs):
+    return inputs(shape, self.DTYPE, **kwargs)
 
   def run_op(self, op, *args, **kwargs):
     kwargs = {"implementation": self.IMPLEMENTATION} | kwargs
@@ -67,7 +73,7 @@ class IndexerTest(parameterized.TestCase):
     (shapes.Shape(1, 7, 130, 64, 16, 31),),
   )
   def test_equals_a_float64_loop(self, shape):
-    args = inputs(shape)
+    args = self.inputs(shape)
     scores = self.run_op(pallas_kernels.indexer_scores, *args)
     np.testing.assert_allclose(
       scores,
@@ -90,27 +96,27 @@ class IndexerTest(parameterized.TestCase):
     )
 
   def test_segments(self):
-    q, k, w, _, end = inputs((1, 24, 24, 16, 8))
+    q, k, w, _, end = self.inputs((1, 24, 24, 16, 8))
     start = jnp.asarray([[0] * 9 + [9] * 2 + [11] * 13], jnp.int32)
     self.check_selection((q, k, w, start, end), 6)
 
   def test_queries_without_keys(self):
-    args = inputs((2, 12, 20, 16, 8), offset=-5)
+    args = self.inputs((2, 12, 20, 16, 8), offset=-5)
     self.check_selection(args, 4)
     np.testing.assert_array_equal(self.topk(args, 4)[:, :5], -1)
 
   def test_all_masked(self):
-    q, k, w, _, end = inputs((1, 5, 9, 16, 8))
+    q, k, w, _, end = self.inputs((1, 5, 9, 16, 8))
     np.testing.assert_array_equal(self.topk((q, k, w, end, end), 3), -1)
 
   def test_k_of_at_least_all_keys(self):
     for k in (20, 21, 40):
-      self.check_selection(inputs((1, 20, 20, 16, 8)), k)
+      self.check_selection(self.inputs((1, 20, 20, 16, 8)), k)
 
   def test_zero_scores_of_either_sign_tie_to_the_lower_index(self):
     # Products below zero: every score is a sum of 0 times either sign.
-    q = -jnp.ones((1, 1, 16, 4))
-    k = jnp.ones((1, 30, 4))
+    q = -jnp.ones((1, 1, 16, 4), self.DTYPE)
+    k = jnp.ones((1, 30, 4), self.DTYPE)
     w = jnp.asarray(
       np.random.default_rng(0).normal(size=(1, 1, 16)), jnp.float32
     )
@@ -119,7 +125,7 @@ class IndexerTest(parameterized.TestCase):
     np.testing.assert_array_equal(chosen[0, 0], np.arange(7))
 
   def test_nan_in_unseen_keys_touches_nothing(self):
-    q, k, w, start, end = inputs((1, 6, 16, 16, 8), offset=2)
+    q, k, w, start, end = self.inputs((1, 6, 16, 16, 8), offset=2)
     poisoned = k.at[:, 8:].set(jnp.nan)
 
     def loss(q, k, w):
@@ -137,7 +143,7 @@ class IndexerTest(parameterized.TestCase):
     )
 
   def test_chunks_change_no_index(self):
-    args = inputs((2, 37, 64, 16, 8))
+    args = self.inputs((2, 37, 64, 16, 8))
     whole = self.topk(args, 9)
     original = chunking.CHUNK_BYTES
     self.addCleanup(setattr, chunking, "CHUNK_BYTES", original)
@@ -145,7 +151,7 @@ class IndexerTest(parameterized.TestCase):
     np.testing.assert_array_equal(self.topk(args, 9), whole)
 
   def test_run_to_run_bit_equal(self):
-    args = inputs(shapes.SHAPES["tiny"])
+    args = self.inputs(shapes.SHAPES["tiny"])
     run = jax.jit(
       lambda *args: pallas_kernels.indexer_topk(
         *args, k=8, implementation=self.IMPLEMENTATION
@@ -157,7 +163,7 @@ class IndexerTest(parameterized.TestCase):
       np.testing.assert_array_equal(run(*args), first)
 
   def test_selected_scores_are_those_of_all_keys(self):
-    args = inputs((2, 13, 40, 16, 16), offset=3)
+    args = self.inputs((2, 13, 40, 16, 16), offset=3)
     indices = self.topk(args, 8)
     actual = self.run_op(
       pallas_kernels.selected_indexer_scores,
@@ -174,7 +180,7 @@ class IndexerTest(parameterized.TestCase):
     )
 
   def test_gradients_of_both_forms_agree(self):
-    args = inputs((1, 11, 30, 16, 8), offset=9)
+    args = self.inputs((1, 11, 30, 16, 8), offset=9)
     indices = jnp.asarray(self.topk(args, 40))  # Every visible key.
 
     def loss(form, q, k, w):
@@ -195,23 +201,25 @@ class IndexerTest(parameterized.TestCase):
       jax.jit(jax.grad(lambda *x, f=form: loss(f, *x), (0, 1, 2)))(*args[:3])
       for form in (every, selected)
     ]
-    tolerance = tolerances.tolerance("float32", 30 * 16, grads=True)
+    tolerance = tolerances.tolerance(self.DTYPE, 30 * 16, grads=True)
     for a, b in zip(*grads, strict=True):
       self.assertTrue(np.any(np.asarray(a)))
       np.testing.assert_allclose(a, b, **tolerance)
 
   def test_selection_has_no_gradient(self):
-    args = inputs((1, 4, 10, 16, 8))
+    args = self.inputs((1, 4, 10, 16, 8))
 
     def loss(q):
-      indices = pallas_kernels.indexer_topk(q, *args[1:], k=3)
+      indices = pallas_kernels.indexer_topk(
+        q, *args[1:], k=3, implementation=self.IMPLEMENTATION
+      )
       return jnp.sum(indices.astype(jnp.float32)) + jnp.sum(q)
 
     np.testing.assert_array_equal(jax.grad(loss)(args[0]), 1.0)
 
   def test_holds_no_array_of_queries_by_keys(self):
     shape = (1, 1 << 14, 1 << 14, 16, 8)
-    args = jax.eval_shape(lambda: inputs((*shape,)))
+    args = jax.eval_shape(lambda: self.inputs((*shape,)))
     compiled = (
       jax.jit(
         lambda *args: pallas_kernels.indexer_topk(
@@ -226,7 +234,7 @@ class IndexerTest(parameterized.TestCase):
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 0.75 * 2**30)
 
   def test_errors(self):
-    q, k, w, start, end = inputs((1, 4, 10, 16, 8))
+    q, k, w, start, end = self.inputs((1, 4, 10, 16, 8))
     with errors.unchecked():
       with self.assertRaisesRegex(ValueError, r"index_k.shape=\(1, 10, 7\)"):
         pallas_kernels.indexer_topk(q, k[..., :7], w, start, end, k=3)
@@ -236,6 +244,128 @@ class IndexerTest(parameterized.TestCase):
         pallas_kernels.indexer_topk(q, k, w, start[:, :3], end, k=3)
       with self.assertRaisesRegex(ValueError, "index_topk.*got 0"):
         pallas_kernels.indexer_topk(q, k, w, start, end, k=0)
+
+
+class KeyScaleTest(parameterized.TestCase):
+  """Quantised keys and queries."""
+
+  IMPLEMENTATION = "xla"
+
+  def tolerance(self):
+    return tolerances.tolerance("float32", 32 * 16)
+
+  def arguments(self, shape=(2, 13, 40, 16, 32)):
+    """Arguments, and the same without scales."""
+    q, k, w, start, end = inputs(shape, offset=20)
+    (q, q_scale), (k, k_scale) = map(quantization.quantize_rows, (q, k))
+    widened = [x.astype(jnp.float32) for x in (q, k)]
+    widened = widened[0] * q_scale[..., None], widened[1] * k_scale[..., None]
+    return (q, k, w * q_scale, start, end), k_scale, (*widened, w, start, end)
+
+  def test_scales_scores(self):
+    args, scale, widened = self.arguments()
+    actual = pallas_kernels.indexer_scores(
+      *args, key_scale=scale, implementation=self.IMPLEMENTATION
+    )
+    np.testing.assert_allclose(
+      actual, loops.indexer_scores(*widened), **self.tolerance()
+    )
+
+  def test_scales_decide_the_selection(self):
+    (q, k, w, start, end), scale, _ = self.arguments()
+    # Every score is positive, so the five largest scales win.
+    q, k, w = jnp.abs(q), jnp.ones_like(k), jnp.ones_like(w)
+    start, end = jnp.zeros_like(start), jnp.full_like(end, k.shape[1])
+    chosen = pallas_kernels.indexer_topk(
+      q, k, w, start, end, k=5, key_scale=scale,
+      implementation=self.IMPLEMENTATION,
+    )  # fmt: skip
+    for b in range(2):
+      want = np.sort(np.argsort(-np.asarray(scale[b]))[:5])
+      np.testing.assert_array_equal(chosen[b], np.tile(want, (13, 1)))
+
+  def test_scale_of_unseen_keys_touches_nothing(self):
+    args, scale, _ = self.arguments()
+    key_end = int(np.max(args[-1])) - 3
+    args = (*args[:-1], jnp.minimum(args[-1], key_end))
+
+    def loss(w, scale):
+      scores = pallas_kernels.indexer_scores(
+        *args[:2], w, *args[3:], key_scale=scale,
+        implementation=self.IMPLEMENTATION,
+      )  # fmt: skip
+      return jnp.sum(jnp.where(scores > -jnp.inf, scores, 0.0))
+
+    run = jax.jit(jax.value_and_grad(loss))
+    clean = run(args[2], scale)
+    dirty = run(args[2], scale.at[:, key_end:].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+  def test_errors(self):
+    args, scale, _ = self.arguments()
+    with errors.unchecked():
+      for op in (
+        pallas_kernels.indexer_scores,
+        lambda *args, **kwargs: pallas_kernels.indexer_topk(
+          *args, k=2, **kwargs
+        ),
+      ):
+        with self.assertRaisesRegex(ValueError, r"key_scale.shape=\(2, 39\)"):
+          op(*args, key_scale=scale[:, 1:])
+        with self.assertRaisesRegex(NotImplementedError, "no factor on a key"):
+          op(*args, key_scale=scale, implementation="mosaic_tpu")
+
+
+class QuantizationTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_rows_times_scale_are_near_the_rotated_rows(self, rotate):
+    x = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
+    rows, scale = quantization.quantize_rows(jnp.asarray(x), rotate=rotate)
+    self.assertEqual((rows.dtype, scale.shape), (jnp.float8_e4m3fn, (3, 5)))
+    expected = x @ scipy.linalg.hadamard(64) / 8 if rotate else x
+    # Half a step of 3 bits behind the leading one, or of the least number.
+    least = np.asarray(scale)[..., None] * 2**-10
+    self.assertTrue(
+      np.all(
+        np.abs(np.asarray(rows, np.float32) * scale[..., None] - expected)
+        <= np.abs(expected) / 16 * 1.001 + least
+      )
+    )
+
+  def test_rotation_leaves_products_and_spreads_an_outlier(self):
+    rng = np.random.default_rng(1)
+    q, k = (rng.normal(size=(32, 128)).astype(np.float32) for _ in range(2))
+    k[:, 3] *= 300
+
+    def products(rotate):
+      rows, scale = zip(
+        *(
+          quantization.quantize_rows(jnp.asarray(x), rotate=rotate)
+          for x in (q, k)
+        ),
+        strict=True,
+      )
+      q8, k8 = (
+        np.asarray(x, np.float64) * np.asarray(s)[:, None]
+        for x, s in zip(rows, scale, strict=True)
+      )
+      return q8 @ k8.T
+
+    exact = q.astype(np.float64) @ k.T
+    size = np.linalg.norm(exact)
+    self.assertLess(np.linalg.norm(products(True) - exact), 0.1 * size)
+
+  def test_rows_without_a_finite_reciprocal(self):
+    x = jnp.asarray([[0.0] * 8, [1e-45] * 8, [3e38] * 8], jnp.float32)
+    rows, scale = quantization.quantize_rows(x)
+    self.assertTrue(np.all(np.asarray(scale) > 0))
+    self.assertTrue(np.all(np.isfinite(np.asarray(rows, np.float32))))
+    self.assertEqual(float(scale[0]), 1.0)
+    np.testing.assert_array_equal(np.asarray(rows[2], np.float32), 448.0)
+
+  def test_rotation_needs_a_power_of_two(self):
+    with self.assertRaisesRegex(ValueError, "power of two for D: got 24"):
+      quantization.quantize_rows(jnp.ones((2, 24)), rotate=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from unittest import mock
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu
+
 # LLVM takes ten times as long to optimise an interpreted kernel as to run it.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
@@ -21,17 +23,28 @@ MODES = {
 }
 
 
+# It has the least VMEM of v5e to 7x.
+_CHIP = tpu.Chip("interpreter", 64 << 20, 1, True)
+
+
+@contextlib.contextmanager
 def numbers():
   """Numbers alone: copies are instant and nothing is checked; fast."""
   call = functools.partial(pl.pallas_call, interpret=True)
-  return mock.patch.object(pl, "pallas_call", call)
+  with chip(), mock.patch.object(pl, "pallas_call", call):
+    yield
+
+
+def chip():
+  """A chip for the kernels to ask about, where there is none."""
+  return mock.patch.object(tpu, "chip", lambda: _CHIP)
 
 
 @contextlib.contextmanager
 def mode(name):
   """Simulated memories, copies and semaphores, in one of `MODES`."""
   try:
-    with pltpu.force_tpu_interpret_mode(MODES[name]):
+    with chip(), pltpu.force_tpu_interpret_mode(MODES[name]):
       yield
   finally:
     # An exception leaves its buffers and semaphores behind.

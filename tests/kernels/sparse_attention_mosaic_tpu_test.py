@@ -35,6 +35,7 @@ def setup(test, mode="on_wait"):
   faulthandler.dump_traceback_later(_TIMEOUT_S, exit=True)
   test.addCleanup(faulthandler.cancel_dump_traceback_later)
   test.addCleanup(pltpu.reset_tpu_interpret_mode_state)
+  test.enter_context(interpreters.chip())
   test.enter_context(pltpu.force_tpu_interpret_mode(_MODES[mode]))
   test.enter_context(
     mock.patch.object(mosaic_tpu, "default_tiles", lambda *_: _TILES)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+import pallas_kernels
 from pallas_kernels import tpu
 from pallas_kernels.topk import mosaic_tpu, mosaic_tpu_kernel
 from tests.kernels import interpreters, loops, topk_test
@@ -114,8 +115,17 @@ class MosaicTpuCopiesTest(parameterized.TestCase):
 class MosaicTpuUnfitTest(absltest.TestCase):
   def test_a_row_longer_than_vmem(self):
     scores = jax.ShapeDtypeStruct((1, 1 << 27), jnp.float32)
-    with self.assertRaisesRegex(NotImplementedError, "134217728 scores"):
+    with (
+      interpreters.chip(),
+      self.assertRaisesRegex(NotImplementedError, "134217728 scores"),
+    ):
       jax.eval_shape(lambda scores: mosaic_tpu.top_k(scores, 8), scores)
+
+  def test_no_tpu(self):
+    with self.assertRaisesRegex(
+      NotImplementedError, "need a TPU: got the platform 'cpu'"
+    ):
+      pallas_kernels.top_k(jnp.zeros((1, 8)), 2, implementation="mosaic_tpu")
 
   def test_an_old_chip(self):
     info = mock.Mock(generation=4, chip_version="v4")

@@ -1,0 +1,254 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse MLA on Hopper: entry, limits, padding, and the split over keys.
+
+`mosaic_gpu_forward` is the attention, `mosaic_gpu_forward_probs` the mean
+probabilities, `mosaic_gpu_backward` the gradient.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.hopper import chip
+from pallas_kernels.sparse_attention import mosaic_gpu_backward as backward
+from pallas_kernels.sparse_attention import mosaic_gpu_forward as forward
+from pallas_kernels.sparse_attention import (
+  mosaic_gpu_forward_few_heads as few_heads,
+)
+from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
+from pallas_kernels.sparse_attention import mosaic_gpu_forward_probs as probs
+from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
+
+# Three arrays of 64 rows of it, two more of 64 x 64: all the shared memory.
+_MAX_WIDTH = 576
+_MAX_HEADS = 2 * items.ROWS
+# Two warpgroups share the value columns, in tiles of 64.
+_VALUE_MULTIPLE = 2 * items.TILE
+# In steps' worth of time: what a block spends on an item beside its steps, what
+# a sum over splits takes, and what each part adds to it. Ranks as measured, 8
+# queries of 64 heads: 19.7 us in 8 parts, 21.4 in 16, 23 in 4.
+_ITEM_STEPS, _COMBINE_STEPS, _PART_STEPS = 2, 1, 0.02
+
+
+def sparse_mla(
+  query: Float[Array, "B T N C"],
+  kv_latent: Float[Array, "B S C"],
+  topk_indices: Int32[Array, "B T K"],
+  *,
+  scale: float,
+  value_dim: int,
+) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
+  """Attends in bfloat16, without a copy of the cache at 576 columns.
+
+  Widths that are no multiple of 64, values of no multiple of 128 columns,
+  heads of no multiple of 8 and rows of no multiple of 128 are padded: copies.
+
+  Raises:
+    NotImplementedError: a chip, dtype or shape that the kernels can't run.
+  """
+  heads, width = query.shape[2:]
+  padded_values = _round_up(value_dim, _VALUE_MULTIPLE)
+  padded_width = max(_round_up(width, items.TILE), padded_values)
+  _check(query, kv_latent, topk_indices, padded_width)
+  count = topk_indices.shape[-1]
+  columns = (0, padded_width - width)
+  out, residuals = _attend(
+    jnp.pad(
+      query, ((0, 0), (0, 0), (0, _padded_heads(heads) - heads), columns)
+    ),
+    jnp.pad(kv_latent, ((0, 0), (0, 0), columns)),
+    jnp.pad(
+      topk_indices,
+      ((0, 0), (0, 0), (0, -count % items.STEP_KEYS)),
+      constant_values=-1,
+    ),
+    scale,
+    padded_values,
+    heads,
+  )
+  return out[:, :, :heads, :value_dim], SparseMLAResiduals(
+    log_sum_exp=residuals.log_sum_exp[:, :, :heads],
+    mean_probs=residuals.mean_probs[:, :, :count],
+  )
+
+
+def _check(query, kv_latent, topk_indices, padded_width):
+  chip.chip()
+  if query.dtype != jnp.bfloat16 or kv_latent.dtype != jnp.bfloat16:
+    raise NotImplementedError(
+      "needs query and latent in bfloat16: got"
+      f" {query.dtype} and {kv_latent.dtype}"
+    )
+  if query.shape[2] > _MAX_HEADS:
+    raise NotImplementedError(
+      f"needs at most {_MAX_HEADS} heads: got {query.shape[2]}"
+    )
+  if padded_width > _MAX_WIDTH:
+    raise NotImplementedError(
+      f"holds rows of at most {_MAX_WIDTH} columns: got {query.shape[3]}, with"
+      f" padding {padded_width}"
+    )
+  batch, num_keys, _ = kv_latent.shape
+  count = math.prod(topk_indices.shape[:2]) * _round_up(
+    topk_indices.shape[2], items.STEP_KEYS
+  )
+  if max(batch * num_keys, count) >= 1 << 31:
+    raise NotImplementedError(
+      "counts rows and indices in int32: got kv_latent.shape="
+      f"{kv_latent.shape}, topk_indices.shape={topk_indices.shape}"
+    )
+  if not min(batch * num_keys, count):
+    raise NotImplementedError(
+      "needs a query, an index and a row: got kv_latent.shape="
+      f"{kv_latent.shape}, topk_indices.shape={topk_indices.shape}"
+    )
+
+
+def _head_tiles(heads):
+  return -(-heads // items.ROWS)
+
+
+def _padded_heads(heads):
+  tiles = _head_tiles(heads)
+  return tiles * _round_up(-(-heads // tiles), 8)
+
+
+def _round_up(x, multiple):
+  return -(-x // multiple) * multiple
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
+  """`sparse_mla` of padded arrays, of which `num_heads` heads count."""
+  batch, num_queries, heads, width = query.shape
+  num_keys = kv_latent.shape[1]
+  tiles = _head_tiles(heads)
+  multiprocessors = chip.chip().num_multiprocessors
+  problem = items.Problem(
+    batch=batch,
+    num_queries=num_queries,
+    num_keys=num_keys,
+    heads=heads // tiles,
+    head_tiles=tiles,
+    width=width,
+    value_dim=value_dim,
+    count=indices.shape[2],
+    scale=scale,
+    num_multiprocessors=multiprocessors,
+  )
+  flat = (
+    query.reshape(-1, heads, width),
+    kv_latent.reshape(-1, width),
+    indices.reshape(-1, problem.count),
+  )
+  out, log_sum_exp = _run(problem, *flat)
+  counted = jnp.where(jnp.arange(heads) < num_heads, log_sum_exp, jnp.inf)
+  sums = probs.call(problem, *flat, counted)
+  leading = (batch, num_queries)
+  residuals = SparseMLAResiduals(
+    log_sum_exp=log_sum_exp.reshape(*leading, heads),
+    mean_probs=sums.sum(axis=0).reshape(*leading, -1) / num_heads,
+  )
+  return out.reshape(*leading, heads, value_dim), residuals
+
+
+def _run(problem, query, table, indices):
+  """Output `[F, N, value_dim]` and log-sum-exp `[F, N]`, splits summed."""
+  splits = choose_splits(
+    problem.items, problem.steps, problem.num_multiprocessors
+  )
+  problem = problem.with_splits(splits)
+  kernel = forward
+  if splits == 1 and query.shape[1] <= few_heads.MAX_HEADS:
+    kernel = few_heads
+  out, log_sum_exp = kernel.call(problem, query, table, indices)
+  shape = (problem.flat_queries, problem.head_tiles, splits, items.ROWS)
+  log_sum_exp = log_sum_exp.reshape(shape)
+  if splits == 1:
+    log_sum_exp = log_sum_exp[:, :, 0, : problem.heads]
+    return out, log_sum_exp.reshape(problem.flat_queries, -1)
+  out, log_sum_exp = combine(
+    out.reshape(*shape, problem.value_dim)[..., : problem.heads, :],
+    log_sum_exp[..., : problem.heads],
+  )
+  return (
+    out.astype(query.dtype).reshape(*query.shape[:2], problem.value_dim),
+    log_sum_exp.reshape(query.shape[:2]),
+  )
+
+
+def choose_splits(units: int, steps: int, multiprocessors: int) -> int:
+  """The number of parts of each query's rows that takes the least time.
+
+  Args:
+    units: queries times tiles of heads.
+    steps: of 128 rows, of a query.
+    multiprocessors: of the chip.
+  """
+
+  def time(splits):
+    waves = -(-units * splits // multiprocessors)
+    steps_a_split = -(-steps // splits)
+    work = waves * (steps_a_split + _ITEM_STEPS)
+    if splits == 1:
+      return work
+    return work + _COMBINE_STEPS + _PART_STEPS * units * splits
+
+  best = min(range(1, steps + 1), key=time)
+  # As many parts as have a step each.
+  return -(-steps // -(-steps // best))
+
+
+def combine(
+  outs: Float32[Array, "F tiles splits N V"],
+  log_sum_exps: Float32[Array, "F tiles splits N"],
+) -> tuple[Float32[Array, "F tiles N V"], Float32[Array, "F tiles N"]]:
+  """Joins the parts of each query's rows, of which some may be empty."""
+  maximum = log_sum_exps.max(axis=2, keepdims=True)
+  maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+  weights = jnp.exp(log_sum_exps - maximum)
+  total = weights.sum(axis=2)
+  out = (outs * weights[..., None]).sum(axis=2)
+  out = out / jnp.where(total == 0, 1.0, total)[..., None]
+  return out, maximum[:, :, 0] + jnp.log(total)
+
+
+def _forward(query, kv_latent, indices, scale, value_dim, num_heads):
+  arguments = (query.value, kv_latent.value, indices.value)
+  out, residuals = _attend(*arguments, scale, value_dim, num_heads)
+  return (out, residuals), (*arguments, out, residuals.log_sum_exp)
+
+
+def _backward(scale, value_dim, num_heads, saved, grads):
+  query, kv_latent, indices, out, log_sum_exp = saved
+  grad_out, residuals = grads
+  grad_query, grad_latent = backward.sparse_mla_backward(
+    query,
+    kv_latent,
+    indices,
+    out,
+    log_sum_exp,
+    jnp.zeros_like(out) if _is_zero(grad_out) else grad_out,
+    _none_if_zero(residuals.log_sum_exp),
+    _none_if_zero(residuals.mean_probs),
+    scale=scale,
+    value_dim=value_dim,
+    num_heads=num_heads,
+  )
+  return grad_query, grad_latent, None
+
+
+def _is_zero(grad):
+  return isinstance(grad, SymbolicZero)
+
+
+def _none_if_zero(grad):
+  return None if _is_zero(grad) else grad
+
+
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,423 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU form of sparse MLA on a CPU.
+
+The entry (padding, splits, limits) with a plain form of the kernels; and the
+kernels themselves interpreted, with portable copies. What they do on a GPU is
+for `tests/gpu/sparse_mla_device_test`.
+"""
+
+import faulthandler
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import chip
+from pallas_kernels.sparse_attention import mosaic_gpu, reference, shapes
+from pallas_kernels.sparse_attention import mosaic_gpu_forward as forward
+from pallas_kernels.sparse_attention import (
+  mosaic_gpu_forward_few_heads as few_heads,
+)
+from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
+from pallas_kernels.sparse_attention import mosaic_gpu_forward_probs as probs
+from tests import tolerances
+from tests.kernels import (
+  errors,
+  loops,
+  portable_copies,
+  sparse_attention_test,
+)
+
+# Not the real number: a few tiny queries must fill more than one wave.
+_CHIP = chip.Chip("NVIDIA H200", 20)
+# A barrier that nobody arrives at hangs the interpreter.
+_TIMEOUT_S = 240
+
+
+def attend_items(problem, query, table, indices):
+  """What `mosaic_gpu_forward.call` returns, an item at a time."""
+  outs, log_sum_exps = [], []
+  for split in range(problem.splits):
+    first = split * problem.steps_a_split * items.STEP_KEYS
+    last = min(first + problem.steps_a_split * items.STEP_KEYS, problem.count)
+    assert last > first
+    # The kernel's NaN: whatever nobody may read.
+    out, residuals = _reference(problem, query, table, indices[:, first:last])
+    outs.append(out)
+    log_sum_exps.append(residuals.log_sum_exp)
+  rest = items.ROWS - problem.heads
+  tiled = (problem.flat_queries, problem.head_tiles, problem.heads)
+  log_sum_exp = jnp.stack([x.reshape(tiled) for x in log_sum_exps], axis=2)
+  log_sum_exp = jnp.pad(
+    log_sum_exp, ((0, 0),) * 3 + ((0, rest),), constant_values=jnp.nan
+  ).reshape(problem.items, items.ROWS)
+  if problem.splits == 1:
+    shape = (*query.shape[:2], problem.value_dim)
+    return outs[0].reshape(shape).astype(jnp.bfloat16), log_sum_exp
+  out = jnp.stack([x.reshape(*tiled, problem.value_dim) for x in outs], axis=2)
+  out = jnp.pad(
+    out, ((0, 0),) * 3 + ((0, rest), (0, 0)), constant_values=jnp.nan
+  )
+  return out.reshape(problem.items, items.ROWS, -1), log_sum_exp
+
+
+def sum_probs(problem, query, table, indices, log_sum_exp):
+  """What `mosaic_gpu_forward_probs.call` returns."""
+  assert problem.splits == 1
+  rows = table.reshape(problem.batch, problem.num_keys, -1)
+  selected = indices.reshape(problem.batch, problem.num_queries, -1)
+  rows = jax.vmap(lambda rows, i: rows[i])(rows, selected)
+  logits = problem.scale * jnp.einsum(
+    "fnc,fkc->fnk",
+    query.astype(jnp.float32),
+    rows.reshape(*indices.shape, -1).astype(jnp.float32),
+    precision="highest",
+  )
+  probs = jnp.exp(logits - log_sum_exp[..., None])
+  probs = jnp.where(indices[:, None] >= 0, probs, 0)
+  tiled = (problem.flat_queries, problem.head_tiles, problem.heads, -1)
+  return jnp.moveaxis(probs.reshape(tiled).sum(axis=2), 1, 0)
+
+
+def _reference(problem, query, table, indices):
+  leading = (problem.batch, problem.num_queries)
+  return reference.sparse_mla(
+    query.reshape(*leading, *query.shape[1:]).astype(jnp.float32),
+    table.reshape(problem.batch, problem.num_keys, -1).astype(jnp.float32),
+    indices.reshape(*leading, -1),
+    scale=problem.scale,
+    value_dim=problem.value_dim,
+  )
+
+
+def differentiate(
+  query,
+  kv_latent,
+  indices,
+  out,
+  log_sum_exp,
+  grad_out,
+  grad_log_sum_exp,
+  grad_mean_probs,
+  *,
+  scale,
+  value_dim,
+  num_heads,
+):
+  """XLA's gradient in the place of the kernel's."""
+  assert grad_log_sum_exp is None
+  assert grad_mean_probs is None
+  assert out.shape == grad_out.shape
+  assert log_sum_exp.shape == query.shape[:3]
+  assert num_heads <= query.shape[2]
+  _, vjp = jax.vjp(
+    lambda *args: reference.sparse_mla(
+      *args, indices, scale=scale, value_dim=value_dim
+    )[0],
+    query,
+    kv_latent,
+  )
+  return vjp(grad_out)
+
+
+def setup(test, device=_CHIP):
+  for target, name, substitute in (
+    (chip, "chip", lambda: device),
+    (mosaic_gpu.forward, "call", attend_items),
+    (mosaic_gpu.few_heads, "call", attend_items),
+    (mosaic_gpu.probs, "call", sum_probs),
+    (mosaic_gpu.backward, "sparse_mla_backward", differentiate),
+  ):
+    test.enter_context(mock.patch.object(target, name, substitute))
+
+
+class SharedTest(sparse_attention_test.SparseMLATest):
+  IMPLEMENTATION = "mosaic_gpu"
+  DTYPES = ("bfloat16",)
+
+  def setUp(self):
+    super().setUp()
+    setup(self)
+    # What it traced holds the plain forms.
+    self.addCleanup(sparse_attention_test.jitted.cache_clear)
+
+
+class EntryTest(parameterized.TestCase):
+  @parameterized.parameters(
+    # Head tiles, splits and paddings of every kind.
+    shapes.Shape(1, 1, 700, 70, 24, 16, 600),
+    shapes.Shape(2, 3, 300, 5, 130, 70, 260),
+    shapes.Shape(1, 30, 40, 128, 64, 64, 16),
+  )
+  def test_pads_and_splits(self, *shape):
+    setup(self)
+    shape = shapes.Shape(*shape)
+    query, latent, indices = sparse_attention_test.inputs(shape, "bfloat16")
+    rng = np.random.default_rng(0)
+    indices = rng.integers(-1, shape.num_keys, size=indices.shape)
+    indices = jnp.asarray(indices, jnp.int32).at[:, 0, ::2].set(-1)
+    args = (query, latent, indices)
+    out, residuals = jax.jit(
+      lambda *args: mosaic_gpu.sparse_mla(
+        *args, scale=0.3, value_dim=shape.value_dim
+      )
+    )(*args)
+    expected = loops.sparse_mla(*args, 0.3, shape.value_dim)
+    np.testing.assert_allclose(
+      np.asarray(out, np.float32),
+      expected[0],
+      **tolerances.tolerance("bfloat16"),
+    )
+    for actual, want in zip(residuals, expected[1:], strict=True):
+      np.testing.assert_allclose(
+        actual, want, **tolerances.tolerance("float32", shape.latent_dim)
+      )
+
+  @parameterized.parameters(
+    (1, 16, 16), (8, 16, 8), (64, 16, 2), (4096, 16, 1), (1, 1, 1), (3, 5, 5)
+  )
+  def test_splits_fill_the_chip(self, units, steps, splits):
+    self.assertEqual(mosaic_gpu.choose_splits(units, steps, 132), splits)
+
+  def test_every_split_has_a_step(self):
+    for units in range(1, 200, 7):
+      for steps in range(1, 40):
+        splits = mosaic_gpu.choose_splits(units, steps, 132)
+        self.assertLess((splits - 1) * -(-steps // splits), steps)
+
+  def test_combine_of_empty_and_full_splits(self):
+    outs = jnp.asarray([[0.0, 0.0], [2.0, 4.0], [6.0, 0.0]])
+    outs = outs.reshape(1, 1, 3, 1, 2)
+    log_sum_exps = jnp.asarray([-np.inf, 0.0, np.log(3.0)])
+    out, log_sum_exp = mosaic_gpu.combine(
+      outs, log_sum_exps.reshape(1, 1, 3, 1)
+    )
+    np.testing.assert_allclose(out.ravel(), [5.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(log_sum_exp.ravel(), [np.log(4)], rtol=1e-6)
+    out, log_sum_exp = mosaic_gpu.combine(
+      0 * outs, jnp.full((1, 1, 3, 1), -jnp.inf)
+    )
+    np.testing.assert_array_equal(out.ravel(), [0, 0])
+    np.testing.assert_array_equal(log_sum_exp.ravel(), [-np.inf])
+
+  def test_says_what_it_cannot_run(self):
+    def call(heads=4, width=64, dtype="bfloat16", count=8):
+      shape = shapes.Shape(1, 4, 40, heads, width, 16, count)
+      args = sparse_attention_test.inputs(shape, dtype)
+      return mosaic_gpu.sparse_mla(*args, scale=1.0, value_dim=16)
+
+    with self.assertRaisesRegex(NotImplementedError, "Hopper.*got cpu"):
+      call()
+    setup(self)
+    with self.assertRaisesRegex(NotImplementedError, "got float32 and float"):
+      call(dtype="float32")
+    with self.assertRaisesRegex(NotImplementedError, "128 heads: got 129"):
+      call(heads=129)
+    with self.assertRaisesRegex(NotImplementedError, "576 columns: got 600"):
+      call(width=600)
+    with self.assertRaisesRegex(NotImplementedError, "a query, an index"):
+      call(count=0)
+
+  def test_says_that_it_counts_in_int32(self):
+    setup(self)
+    struct = jax.ShapeDtypeStruct
+    args = (
+      struct((1, 1 << 20, 8, 64), jnp.bfloat16),
+      struct((1, 64, 64), jnp.bfloat16),
+      struct((1, 1 << 20, 2048), jnp.int32),
+    )
+    with self.assertRaisesRegex(NotImplementedError, "in int32"):
+      jax.eval_shape(
+        lambda *args: mosaic_gpu.sparse_mla(*args, scale=1.0, value_dim=64),
+        *args,
+      )
+
+
+class InterpretedTest(parameterized.TestCase):
+  """The kernels' own logic, every item on one multiprocessor."""
+
+  def setUp(self):
+    super().setUp()
+    faulthandler.dump_traceback_later(_TIMEOUT_S, exit=True)
+    self.addCleanup(faulthandler.cancel_dump_traceback_later)
+    self.addCleanup(interpret_pallas_call.reset_gpu_interpret_mode_state)
+    # The portable barriers are of other types.
+    self.enter_context(errors.unchecked())
+    self.enter_context(
+      mock.patch.object(items, "rows_scratch", _portable_rows_scratch)
+    )
+    self.enter_context(
+      mock.patch.object(items.Rows, "indices", _portable_indices)
+    )
+    # Tiles and swizzles are not interpreted.
+    self.enter_context(
+      mock.patch.object(
+        items, "tiled", lambda *shape: plgpu.SMEM(shape, jnp.bfloat16)
+      )
+    )
+
+  def problem(self, **changes):
+    sizes = {
+      "batch": 2,
+      "num_queries": 1,
+      "num_keys": 150,
+      "heads": 8,
+      "head_tiles": 1,
+      "width": 192,
+      "value_dim": 128,
+      "count": 256,
+      "scale": 0.3,
+      "num_multiprocessors": 1,
+    }
+    return items.Problem(**sizes | changes)
+
+  def inputs(self, problem):
+    rng = np.random.default_rng(0)
+    heads = problem.heads * problem.head_tiles
+    query = rng.normal(size=(problem.flat_queries, heads, problem.width))
+    table = rng.normal(size=(problem.batch * problem.num_keys, problem.width))
+    table[:: problem.num_keys] = np.nan
+    indices = rng.integers(
+      1 - problem.num_keys // 4,
+      problem.num_keys,
+      size=(problem.flat_queries, problem.count),
+    )
+    indices = np.where(indices > 0, indices, -1)
+    indices[-1, ::2] = -1
+    indices[-1, : items.STEP_KEYS] = -1
+    return (
+      jnp.asarray(query, jnp.bfloat16),
+      jnp.asarray(table, jnp.bfloat16),
+      jnp.asarray(indices, jnp.int32),
+    )
+
+  def expected(self, problem, query, table, indices):
+    leading = (problem.batch, problem.num_queries)
+    out, log_sum_exp, mean_probs = loops.sparse_mla(
+      query.reshape(*leading, *query.shape[1:]),
+      table.reshape(problem.batch, problem.num_keys, -1),
+      indices.reshape(*leading, -1),
+      problem.scale,
+      problem.value_dim,
+    )
+    return (
+      out.reshape(*query.shape[:2], -1),
+      log_sum_exp.reshape(query.shape[:2]),
+      mean_probs.reshape(indices.shape),
+    )
+
+  @parameterized.parameters(
+    (forward, {}),
+    (forward, {"head_tiles": 2, "batch": 1}),
+    (forward, {"width": 128, "batch": 1, "count": 384}),
+    (few_heads, {}),
+    (few_heads, {"batch": 1, "heads": 16, "count": 384}),
+  )
+  def test_attends(self, kernel, changes):
+    problem = self.problem(**changes)
+    args = self.inputs(problem)
+    with portable_copies.interpreted(detect_races=True):
+      out, log_sum_exp = jax.jit(lambda *args: kernel.call(problem, *args))(
+        *args
+      )
+    expected = self.expected(problem, *args)
+    np.testing.assert_allclose(
+      np.asarray(out, np.float32),
+      expected[0],
+      **tolerances.tolerance("bfloat16", 4),
+    )
+    log_sum_exp = log_sum_exp[:, : problem.heads].reshape(expected[1].shape)
+    np.testing.assert_allclose(
+      log_sum_exp, expected[1], **tolerances.tolerance("float32", 192)
+    )
+
+  def test_splits(self):
+    problem = self.problem(batch=1, splits=2)
+    args = self.inputs(problem)
+    with portable_copies.interpreted(detect_races=True):
+      outs, log_sum_exps = jax.jit(lambda *args: forward.call(problem, *args))(
+        *args
+      )
+    shape = (problem.flat_queries, 1, 2, items.ROWS)
+    out, log_sum_exp = mosaic_gpu.combine(
+      outs.reshape(*shape, -1)[..., : problem.heads, :],
+      log_sum_exps.reshape(shape)[..., : problem.heads],
+    )
+    expected = self.expected(problem, *args)
+    np.testing.assert_allclose(
+      out[:, 0], expected[0], **tolerances.tolerance("bfloat16", 4)
+    )
+    np.testing.assert_allclose(
+      log_sum_exp[:, 0], expected[1], **tolerances.tolerance("float32", 192)
+    )
+
+  def test_sums_probabilities(self):
+    problem = self.problem(batch=1, num_queries=2)
+    args = self.inputs(problem)
+    _, log_sum_exp, mean_probs = self.expected(problem, *args)
+    # The last head must not count.
+    log_sum_exp[:, -1] = np.inf
+    with portable_copies.interpreted(detect_races=True):
+      sums = jax.jit(lambda *args: probs.call(problem, *args))(
+        *args, jnp.asarray(log_sum_exp, jnp.float32)
+      )
+    self.assertEqual(sums.shape, (1, *mean_probs.shape))
+    dropped = self.expected(problem, args[0][:, -1:], *args[1:])[2]
+    np.testing.assert_allclose(
+      sums.sum(axis=0),
+      8 * mean_probs - dropped,
+      **tolerances.tolerance("float32", 192),
+    )
+
+  def test_rows_released_too_early_are_a_race(self):
+    problem = self.problem(batch=1)
+    release = items.Rows.release
+
+    def release_early(rows, *, half, part, arrivals=1):
+      if (half, part) != (0, 1):
+        release(rows, half=half, part=part, arrivals=arrivals)
+        return
+
+      # The first warpgroup releases what the second has yet to read.
+      @pl.when(lax.axis_index("warpgroup") == 0)
+      def _():
+        release(rows, half=half, part=part, arrivals=2)
+
+    with (
+      mock.patch.object(items.Rows, "release", release_early),
+      portable_copies.interpreted(detect_races=True),
+      self.assertRaisesRegex(jax.errors.JaxRuntimeError, "RACE DETECTED"),
+    ):
+      jax.jit(lambda *args: forward.call(problem, *args))(*self.inputs(problem))
+
+
+def _portable_rows_scratch(problem):
+  rows, _, *free = _ROWS_SCRATCH(problem)
+  rows = plgpu.SMEM(rows.shape, jnp.bfloat16)
+  accumulators = (max(items.ROWS, problem.value_dim // 2),) * 2
+  num_words = items.INDEX_WORDS + items.STEP_KEYS
+  words = portable_copies.words_scratch(4, num_words, accumulators)
+  return rows, words, *free
+
+
+_ROWS_SCRATCH = items.rows_scratch
+
+
+def _portable_indices(rows, half, layout):
+  del layout
+  words = rows.words[1]
+  return words[
+    items.INDEX_WORDS + half * items.ROWS : items.INDEX_WORDS
+    + (half + 1) * items.ROWS
+  ]
+
+
+if __name__ == "__main__":
+  absltest.main()
