@@ -17,9 +17,9 @@ abstract, so that the same text also runs without a GPU: tests implement it in
 NumPy, warps in random order between barriers, races detected.
 
 Rules, which the test machine enforces: all threads of a block reach the same
-`barrier`; all lanes of a warp reach the same vote, shuffle or warp reduction;
-a value made inside `when` does not leave it, `branch` and `loop` hand theirs
-over.
+`barrier`; all lanes of a warp reach the same vote, shuffle or warp reduction.
+And one that MLIR enforces: a value made inside `when` does not leave it,
+`branch` and `loop` hand theirs over.
 """
 
 from __future__ import annotations

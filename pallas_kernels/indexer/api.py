@@ -159,8 +159,8 @@ def selected_indexer_scores(
   Returns:
     Float32 scores, differentiable in the first three arguments. Memory
     beyond the result: "xla", chunks of queries, recomputed in the backward
-    pass; "mosaic_gpu", backward, a float32 copy of `index_k`, whose gradient
-    it sums in no fixed order (last bits differ from run to run).
+    pass; "mosaic_gpu", backward alone, a float32 copy of `index_k` and less
+    than 640 MiB for a chunk of queries.
 
   Raises:
     ValueError: shapes that do not fit.

@@ -6,6 +6,8 @@ Two kernels: one where queries fill the rows of the matrix units, one for
 decoding, where keys do.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -63,31 +65,40 @@ def indexer_scores(
     index_weights: head weights.
     key_start: first visible key of each query.
     key_end: one past the last.
-    key_scale: factor of each key's scores.
+    key_scale: factor of each key's scores; its gradient is 0.
 
   Raises:
     NotImplementedError: the chip, dtype or head dim.
   """
   chip = _check(index_q, index_k)
+  return _differentiable_scores(
+    chip, index_q, index_k, index_weights, key_start, key_end, key_scale
+  )
 
-  @jax.custom_vjp
-  def scores(*args):
-    out = _scores(*args[:3], key_start, key_end, *args[3:], chip=chip)
-    return out[:, : index_q.shape[1], : index_k.shape[1]]
 
-  def forward(*args):
-    return scores(*args), args
+# The bounds are arguments: the backward pass may run in another trace, where
+# what a function closed over is gone.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable_scores(chip, index_q, index_k, *others):
+  scores = _scores(index_q, index_k, *others, chip=chip)
+  return scores[:, : index_q.shape[1], : index_k.shape[1]]
 
-  def backward(args, grad):
-    def reference_scores(*args):
-      return reference.indexer_scores(*args[:3], key_start, key_end, *args[3:])
 
-    _, vjp = jax.vjp(reference_scores, *args)
-    return vjp(grad)
+def _forward(chip, *args):
+  return _differentiable_scores(chip, *args), args
 
-  scores.defvjp(forward, backward)
-  args = (index_q, index_k, index_weights)
-  return scores(*args) if key_scale is None else scores(*args, key_scale)
+
+def _backward(_, args, grad):
+  *floats, key_start, key_end, key_scale = args
+
+  def scores(*floats):
+    return reference.indexer_scores(*floats, key_start, key_end, key_scale)
+
+  _, vjp = jax.vjp(scores, *floats)
+  return *vjp(grad), None, None, None
+
+
+_differentiable_scores.defvjp(_forward, _backward)
 
 
 def indexer_topk(
@@ -107,8 +118,8 @@ def indexer_topk(
   chip = _check(index_q, index_k)
 
   def select(index_q, index_weights, key_start, key_end):
-    # Nothing is written behind what a block of queries sees: `top_k` does not
-    # read behind a query's own end.
+    # Nothing is written behind what a block of queries sees, which `top_k` must
+    # not read: it reads up to a query's end, of one without keys nothing.
     scores = _scores(
       index_q,
       index_k,
@@ -120,6 +131,7 @@ def indexer_topk(
       fills_behind=False,
     )
     lengths = jnp.clip(key_end, 0, index_k.shape[1])
+    lengths = jnp.where(key_start < lengths, lengths, 0)
     lengths = _pad(lengths, 1, to=scores.shape[1])
     return topk_gpu.top_k(scores, k, lengths)[:, : index_q.shape[1]]
 

@@ -77,36 +77,15 @@ def scores(
     float32 `[B, T, S]`; what is neither visible nor filled is undefined.
   """
   batch, num_queries, heads, dim = index_q.shape
-  num_keys = index_k.shape[1]
-  swizzle = min(dim * index_q.dtype.itemsize, 128)
-  transforms = (
-    plgpu.TilingTransform((8, swizzle // index_q.dtype.itemsize)),
-    plgpu.SwizzleTransform(swizzle),
-  )
-  operands = [index_q, index_k, index_weights]
-  operands += [key_start, key_end, *schedule]
+  operands = [index_q, index_k, index_weights, key_start, key_end, *schedule]
   if key_scale is not None:
     operands.append(key_scale)
-  stages = tiles.stages
   return plgpu.kernel(
-    functools.partial(_kernel, tiles=tiles, num_blocks=num_blocks, heads=heads),
-    out_type=jax.ShapeDtypeStruct((batch, num_queries, num_keys), jnp.float32),
-    scratch_types={
-      "queries_ref": plgpu.SMEM(
-        (num_queries, heads, dim), index_q.dtype, transforms=transforms
-      ),
-      "keys_ref": plgpu.SMEM(
-        (stages, tiles.width, dim), index_k.dtype, transforms=transforms
-      ),
-      "barriers": _Barriers(
-        queries_full=plgpu.Barrier(num_arrivals=1),
-        queries_free=plgpu.Barrier(num_arrivals=tiles.warpgroups),
-        keys_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-        keys_free=plgpu.Barrier(
-          num_arrivals=tiles.warpgroups, num_barriers=stages
-        ),
-      ),
-    },
+    functools.partial(_kernel, tiles=tiles, num_blocks=num_blocks),
+    out_type=jax.ShapeDtypeStruct(
+      (batch, num_queries, index_k.shape[1]), jnp.float32
+    ),
+    scratch_types=_scratch(tiles, (num_queries, heads), dim, index_q.dtype),
     grid=(num_blocks,),
     grid_names=("block",),
     num_threads=tiles.warpgroups + 1,
@@ -120,45 +99,69 @@ def scores(
   )(*operands)
 
 
+def _scratch(tiles: Tiles, queries: tuple[int, int], dim: int, dtype):
+  swizzle = min(dim * dtype.itemsize, 128)
+  transforms = (
+    plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+
+  def rows(*shape):
+    return plgpu.SMEM((*shape, dim), dtype, transforms=transforms)
+
+  return {
+    "queries_ref": rows(*queries),
+    "keys_ref": rows(tiles.stages, tiles.width),
+    "barriers": _Barriers(
+      queries_full=plgpu.Barrier(num_arrivals=queries[0]),
+      queries_free=plgpu.Barrier(num_arrivals=tiles.warpgroups),
+      keys_full=plgpu.Barrier(num_barriers=tiles.stages),
+      keys_free=plgpu.Barrier(
+        num_arrivals=tiles.warpgroups, num_barriers=tiles.stages
+      ),
+    ),
+  }
+
+
 def _kernel(
   q_ref, k_ref, weights_ref, start_ref, end_ref, first_ref, offset_ref,
-  fill_ref, *refs, queries_ref, keys_ref, barriers, tiles,
-  num_blocks, heads,
+  fill_ref, *refs, queries_ref, keys_ref, barriers, tiles, num_blocks,
 ):  # fmt: skip
   scale_ref, out_ref = (None, *refs)[-2:]
-  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
   _, num_queries, num_keys = out_ref.shape
-  schedule_refs = schedule_lib.Schedule(first_ref, offset_ref, fill_ref)
+  schedule = schedule_lib.Schedule(first_ref, offset_ref, fill_ref)
+  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
   begin, end = schedule_lib.share(offset_ref, block, num_blocks)
-  stages = jnp.int32(tiles.stages)
+  # Before the first tile, whose queries are yet to be loaded.
   no_row = jnp.int32(-1)
 
-  def visible(item, row):
-    row, column = schedule_lib.visible_block(
-      schedule_refs, item, jnp.maximum(row, 0)
-    )
+  def place(find_block, item, row):
+    """The row and first key of a tile."""
+    row, column = find_block(schedule, item, jnp.maximum(row, 0))
     return row, schedule_lib.tile_begin(column, tiles.width, num_keys)
 
-  @pl.when(warpgroup == tiles.warpgroups)
-  def _produce():
-    def load_tile(item, carry):
-      previous, rows = carry
-      row, key = visible(item, previous)
+  def ring_slot(item):
+    return lax.rem(item - begin, jnp.int32(tiles.stages))
+
+  def produce():
+    def load_tile(item, previous):
+      row, key = place(schedule_lib.visible_block, item, previous)
 
       @pl.when(row != previous)
       def _():
-        @pl.when(rows > 0)
+        @pl.when(previous >= 0)
         def _():
           plgpu.barrier_wait(barriers.queries_free)
 
-        plgpu.copy_gmem_to_smem(
-          q_ref.at[row], queries_ref, barriers.queries_full
-        )
+        @pl.loop(0, num_queries)
+        def _(query):
+          plgpu.copy_gmem_to_smem(
+            q_ref.at[row, query], queries_ref.at[query], barriers.queries_full
+          )
 
-      step = item - begin
-      slot = lax.rem(step, stages)
+      slot = ring_slot(item)
 
-      @pl.when(step >= stages)
+      @pl.when(item - begin >= tiles.stages)
       def _():
         plgpu.barrier_wait(barriers.keys_free.at[slot])
 
@@ -167,14 +170,14 @@ def _kernel(
         keys_ref.at[slot],
         barriers.keys_full.at[slot],
       )
-      return row, rows + (row != previous).astype(jnp.int32)
+      return row
 
-    lax.fori_loop(begin, end, load_tile, (no_row, jnp.int32(0)))
+    lax.fori_loop(begin, end, load_tile, no_row)
 
     # The interpreter wants every completed phase to have been waited for.
-    @pl.loop(jnp.maximum(end - begin - stages, 0), end - begin)
-    def _(step):
-      plgpu.barrier_wait(barriers.keys_free.at[lax.rem(step, stages)])
+    @pl.loop(jnp.maximum(end - tiles.stages, begin), end)
+    def _(item):
+      plgpu.barrier_wait(barriers.keys_free.at[ring_slot(item)])
 
     @pl.when(end > begin)
     def _():
@@ -189,8 +192,9 @@ def _kernel(
       )
       return products_ref[...]
 
-    def score(slot, row, query):
-      shape = (_ROWS, heads)
+    def sum_heads(slot, row, query):
+      shape = (_ROWS, queries_ref.shape[1])
+      # Before the product, which hides its latency.
       weights = plgpu.load(
         weights_ref.at[row, query], layout=_PER_HEAD, optimized=False
       )
@@ -201,7 +205,7 @@ def _kernel(
       return jnp.sum(jnp.maximum(products, 0.0) * weights, axis=1)
 
     def score_tile(item, previous):
-      row, key = visible(item, previous)
+      row, key = place(schedule_lib.visible_block, item, previous)
 
       @pl.when(row != previous)
       def _():
@@ -211,26 +215,25 @@ def _kernel(
 
         plgpu.barrier_wait(barriers.queries_full)
 
-      slot = lax.rem(item - begin, stages)
+      slot = ring_slot(item)
       plgpu.barrier_wait(barriers.keys_full.at[slot])
-      key = key + n * _ROWS
-      keys = key + plgpu.broadcasted_iota(
+      mine = pl.ds(key + n * _ROWS, _ROWS)
+      keys = mine.start + plgpu.broadcasted_iota(
         jnp.int32, (_ROWS,), 0, layout=_PER_KEY
       )
-      for query in range(num_queries):
-        sums = score(slot, row, query)
+
+      @pl.loop(0, num_queries)
+      def _(query):
+        sums = sum_heads(slot, row, query)
         if scale_ref is not None:
           sums = sums * plgpu.load(
-            scale_ref.at[row, pl.ds(key, _ROWS)],
-            layout=_PER_KEY,
-            optimized=False,
+            scale_ref.at[row, mine], layout=_PER_KEY, optimized=False
           )
         is_visible = keys >= start_ref[row, query]
         is_visible &= keys < end_ref[row, query]
         # Selected, not multiplied: an unseen key may hold NaN.
-        out_ref[row, query, pl.ds(key, _ROWS)] = jnp.where(
-          is_visible, sums, -jnp.inf
-        )
+        out_ref[row, query, mine] = jnp.where(is_visible, sums, -jnp.inf)
+
       plgpu.barrier_arrive(barriers.keys_free.at[slot])
       return row
 
@@ -241,16 +244,22 @@ def _kernel(
       plgpu.barrier_arrive(barriers.queries_free)
 
     def fill_tile(item, row):
-      row, column = schedule_lib.unseen_block(schedule_refs, item, row)
-      key = schedule_lib.tile_begin(column, tiles.width, num_keys) + n * _ROWS
-      for query in range(num_queries):
-        out_ref[row, query, pl.ds(key, _ROWS)] = plgpu.layout_cast(
+      row, key = place(schedule_lib.unseen_block, item, row)
+
+      @pl.loop(0, num_queries)
+      def _(query):
+        out_ref[row, query, pl.ds(key + n * _ROWS, _ROWS)] = plgpu.layout_cast(
           jnp.full((_ROWS,), -jnp.inf, jnp.float32), _PER_KEY
         )
+
       return row
 
     fills = schedule_lib.share(fill_ref, block, num_blocks)
     lax.fori_loop(*fills, fill_tile, jnp.int32(0))
+
+  @pl.when(warpgroup == tiles.warpgroups)
+  def _():
+    produce()
 
   for n in range(tiles.warpgroups):
     pl.when(warpgroup == n)(functools.partial(consume, n))

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA on Hopper: entry, limits, padding, and the split over keys.
 
-`mosaic_gpu_forward` is the attention, `mosaic_gpu_forward_probs` the mean
+`mosaic_gpu_forward` is the attention, `mosaic_gpu_forward_few_heads` that of at
+most 32 heads of many queries, `mosaic_gpu_forward_probs` the mean
 probabilities, `mosaic_gpu_backward` the gradient.
 """
 

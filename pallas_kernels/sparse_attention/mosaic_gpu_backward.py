@@ -33,7 +33,8 @@ def sparse_mla_backward(
     query: bfloat16; N a multiple of 8 up to 64, or of 16 up to 128; C a
       multiple of 64 up to 576.
     kv_latent: bfloat16.
-    indices: as the forward's, -1 for none; K a multiple of 64.
+    indices: as the forward's, -1 for none; K a multiple of 64. Of a row that a
+      query has twice, one term would be lost.
     out: the forward's; zeros for a query without rows.
     log_sum_exp: the forward's, of the scaled logits; -inf without rows.
     grad_out: of `out`.

@@ -5,10 +5,11 @@
 A block of 3 warpgroups attends one query's (up to) 64 heads to its rows, 128
 at a time. One warpgroup gathers; two multiply. Each of these two takes 64 of
 the 128 rows for its logits and one half of the value columns for its output,
-so each needs the other's probabilities, which pass through shared memory. That
-order of work (DeepSeek's FlashMLA calls it seesaw) has one do its softmax
-while the other keeps the tensor cores busy, and each row of the cache is read
-from shared memory once for its logits and once for its values.
+so each needs the other's probabilities, which pass through shared memory: an
+idea of DeepSeek's FlashMLA. One does its softmax while the other keeps the
+tensor cores busy. Both multiply the first 64 rows' values before the second's,
+so that the gather can overwrite those while these are in use. On an H200,
+32768 keys, 64 heads: 597 TFLOP/s sustained, and no more without any read.
 """
 
 import dataclasses

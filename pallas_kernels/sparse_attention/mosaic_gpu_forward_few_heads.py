@@ -5,7 +5,9 @@
 wgmma has 64 rows. With so few heads the rows here are keys, then value
 columns, and heads are columns of every product: `S^T = K Q^T`, `O^T = V^T P^T`.
 Each of the two multiplying warpgroups takes every other 64 rows of the cache
-for a softmax and an output of its own; they are joined at a query's end.
+for a softmax and an output of its own; they are joined at a query's end. On an
+H200 and 131072 keys, 20 heads' rows come at 5.6 TB/s, where the kernel for 64
+heads, its rows of heads padded, has 4.4.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The work of a block of the forward kernels, and the gather that feeds it.
 
-Both kernels (attention, mean probabilities) take a query's rows 128 at a time:
-two halves of 64, one for each of two warpgroups that multiply, each half's
-columns in two parts. A third warpgroup gathers them.
+The kernels take a query's rows 128 at a time: two halves of 64, one for each of
+two warpgroups that multiply, each half's columns in two parts. A third
+warpgroup gathers them.
 """
 
 import dataclasses

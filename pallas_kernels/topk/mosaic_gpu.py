@@ -55,6 +55,8 @@ def top_k(
       f"the buffer in shared memory fits k up to {_MAX_K}: got k={k}"
     )
   *batch, num_keys = scores.shape
+  if not scores.size:
+    return jnp.full((*batch, k), -1, jnp.int32)
   scores = scores.reshape(-1, num_keys)
   inputs = [scores]
   if lengths is not None:
@@ -122,6 +124,7 @@ def _launch(plan, num_places, out):
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       unsafe_no_auto_barriers=True,
+      reduction_scratch_bytes=0,
     ),
   )
 

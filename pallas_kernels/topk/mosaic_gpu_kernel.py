@@ -181,10 +181,8 @@ def select_row(
     row: its number.
   """
   machine, plan = block.machine, block.plan
-  begin = machine.int(0)
-  chunks = Segment(
-    scores, plan.num_keys, row, begin, block.length(lengths, row)
-  )
+  length = block.length(lengths, row)
+  chunks = Segment(scores, plan.num_keys, row, machine.int(0), length)
   if parts is not None:
     starts, sums = block.shared.starts, block.sums
     chunks = Merge(
@@ -241,10 +239,8 @@ def select_part(
   is_sampled = floor != LOWEST
   count, floor = _Stream(block, segment).run(floor)
   width = source.width(plan.k)
-  values, sources = (
-    parts.values.at(place, width),
-    parts.sources.at(place, width),
-  )
+  values = parts.values.at(place, width)
+  sources = parts.sources.at(place, width)
 
   def store(place, bits, index):
     values.store(place, bits)

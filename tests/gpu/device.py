@@ -34,13 +34,20 @@ def run_child(name: str, *arguments: str, timeout: int) -> tuple[bool, str]:
     The whole output of a child that failed is printed.
   """
   begin = time.monotonic()
+  flags = os.environ.get("XLA_FLAGS", "")
   process = subprocess.Popen(
     [sys.executable, *arguments],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    # Several children share the GPU's memory.
-    env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    env={
+      **os.environ,
+      # Several children share the GPU's memory.
+      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+      # The references' speed is not their matter, and trying XLA's products
+      # out takes longer than all else.
+      "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",
+    },
   )
   try:
     output, _ = process.communicate(timeout=timeout)

@@ -18,33 +18,30 @@ _ODD = {
   "glm_47_flash_verify_128k": shapes.Shape(4, 3, 131072, 32, 128, 2048),
 }
 _SUBSET = ("glm_5_prefill_32k", "glm_5_decode_128k", "odd")
+_WHOLE = ("deepseek_v32_prefill_128k", "glm_5_prefill_128k")
 
 
 def cases() -> list[Case]:
-  """Scores and selections; scores only where they fit the GPU."""
-  made = []
-  for name, shape in (shapes.SHAPES | _ODD).items():
-    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
-      full_name = f"{name}_{jnp.dtype(dtype).name}"
-      made.append(
-        Case(
-          op="indexer",
-          name=f"topk_{full_name}",
-          function=functools.partial(_topk, k=shape.k),
-          arguments=_arguments(shape, dtype),
-          subset=name in _SUBSET,
-        )
-      )
-      made.append(
-        Case(
-          op="indexer",
-          name=f"scores_{full_name}",
-          function=_scores,
-          arguments=_arguments(shape, dtype),
-          temp_bytes=_padding_bytes(shape),
-        )
-      )
-  return made
+  """Selections, whose chunks are scored by the same kernels, and scores."""
+  return [
+    Case(
+      op="indexer",
+      name=f"{kind}_{name}_{jnp.dtype(dtype).name}",
+      function=functools.partial(_topk, k=shape.k)
+      if kind == "topk"
+      else _scores,
+      arguments=_arguments(shape, dtype),
+      temp_bytes=1 << 30 if kind == "topk" else 1 << 22,
+      subset=kind == "topk" and name in _SUBSET,
+    )
+    for kind, table in (
+      ("topk", shapes.SHAPES | _ODD),
+      # In one piece, not in chunks.
+      ("scores", {name: shapes.SHAPES[name] for name in _WHOLE}),
+    )
+    for name, shape in table.items()
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
+  ]
 
 
 def _arguments(shape, dtype):
@@ -60,16 +57,6 @@ def _arguments(shape, dtype):
   if dtype == jnp.float8_e4m3fn:
     made.append(struct((batch, keys), jnp.float32))
   return made
-
-
-def _padding_bytes(shape):
-  """Padded scores, where tiles do not divide them, and some small arrays."""
-  rows = max(shape.num_queries + 7, 64)
-  columns = max(shape.num_keys + 31, 768)
-  is_whole = shape.num_keys % 32 == 0 and (
-    shape.num_queries % 8 == 0 or shape.num_queries * shape.heads <= 256
-  )
-  return (1 << 24) + (not is_whole) * 8 * shape.batch * rows * columns
 
 
 def _topk(*args, k):

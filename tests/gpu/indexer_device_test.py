@@ -30,6 +30,11 @@ class IndexerDeviceTest(indexer_test.IndexerTest):
   DTYPE = jnp.bfloat16
 
 
+class TransformedDeviceTest(indexer_test.TransformedTest):
+  IMPLEMENTATION = "mosaic_gpu"
+  DTYPE = jnp.bfloat16
+
+
 class KeyScaleDeviceTest(indexer_test.KeyScaleTest):
   IMPLEMENTATION = "mosaic_gpu"
 
@@ -82,6 +87,11 @@ def topk(args, scale, k):
   )
 
 
+@functools.partial(jax.jit, static_argnames=("k",))
+def reference_topk(scores, k):
+  return topk_reference.top_k(scores, k, None)
+
+
 class GeneratedCasesTest(parameterized.TestCase):
   def check(self, args, scale, k):
     """Scores against float32 products, the selection against the scores'."""
@@ -96,10 +106,10 @@ class GeneratedCasesTest(parameterized.TestCase):
     limit = jnp.where(size > -jnp.inf, size, 0) * tolerance
     self.assertLessEqual(float(jnp.max(error - limit)), 1e-5)
     np.testing.assert_array_equal(
-      topk(args, scale, k), topk_reference.top_k(actual, k, None)
+      topk(args, scale, k), reference_topk(actual, k)
     )
 
-  @parameterized.parameters(*range(10))
+  @parameterized.parameters(*range(7))
   def test_random_shapes(self, seed):
     rng = np.random.default_rng(seed)
     shape = (
@@ -123,9 +133,9 @@ class GeneratedCasesTest(parameterized.TestCase):
     args, scale = inputs(np.random.default_rng(0), shape, dtype, "causal")
     self.check(args, scale, 2048)
 
-  @parameterized.product(
-    dtype=_DTYPES,
-    shape=((2, 200, 5001, 32, 128), (3, 1, 40000, 32, 128)),
+  @parameterized.parameters(
+    (jnp.bfloat16, (2, 200, 5001, 32, 128)),
+    (jnp.float8_e4m3fn, (3, 1, 40000, 32, 128)),
   )
   def test_bit_equal_over_20_runs(self, dtype, shape):
     args, scale = inputs(np.random.default_rng(1), shape, dtype, "random")
@@ -134,13 +144,9 @@ class GeneratedCasesTest(parameterized.TestCase):
       again = scores(args, scale), topk(args, scale, 512)
       jax.tree.map(np.testing.assert_array_equal, first, again)
 
-  @parameterized.parameters(1, 150)
-  def test_gradients_are_those_of_xla(self, queries):
+  def test_gradients_are_those_of_xla(self):
     args, scale = inputs(
-      np.random.default_rng(2),
-      (2, queries, 600, 16, 64),
-      jnp.bfloat16,
-      "segments",
+      np.random.default_rng(2), (2, 150, 600, 16, 64), jnp.bfloat16, "segments"
     )
 
     def loss(q, k, w, implementation):

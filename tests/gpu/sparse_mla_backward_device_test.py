@@ -7,7 +7,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
@@ -68,17 +67,20 @@ class SparseMLABackwardDeviceTest(parameterized.TestCase):
       self.assertEqual(actual.dtype, jnp.bfloat16)
       self.assertLess(gradient_loops.relative_error(actual, want), limit)
 
+  def assert_equal(self, grads, others):
+    """Compares on the GPU: the host takes seconds for so many bfloat16."""
+    equal = jax.tree.map(jnp.array_equal, grads, others)
+    self.assertTrue(all(jax.tree.leaves(equal)), equal)
+
   @parameterized.parameters(
     # batch, queries, heads, keys, width, value_dim, rows of a query.
     (1, 300, 64, 1024, 576, 512, 192),
     (1, 140, 128, 700, 576, 512, 128),
     (2, 70, 20, 500, 576, 512, 200),
-    (1, 3, 80, 400, 576, 512, 64),
+    (1, 3, 80, 400, 128, 128, 64),
     (2, 9, 2, 40, 24, 16, 8),
     (1, 1, 64, 4096, 576, 512, 2048),
     (1, 5, 16, 300, 256, 128, 128),
-    (1, 5, 48, 300, 512, 512, 128),
-    (1, 1, 1, 1, 64, 64, 1),
   )
   def test_equals_float64_loops(self, *shape):
     args = shared.inputs(*shape, seed=sum(shape))
@@ -88,14 +90,14 @@ class SparseMLABackwardDeviceTest(parameterized.TestCase):
     args = shared.inputs(2, 200, 64, 900, 576, 512, 128)
     first = gradients(*args)
     for _ in range(_REPEATS):
-      jax.tree.map(np.testing.assert_array_equal, gradients(*args), first)
+      self.assert_equal(gradients(*args), first)
     one_item = 2 * 128 * 576 + 4 * 900
     jax.clear_caches()
     with mock.patch.object(row_sums, "CHUNK_BYTES", 67 * one_item):
       chunked = gradients(*args)
     jax.clear_caches()
     # Chunks follow each other in the order of the queries, as their sums do.
-    jax.tree.map(np.testing.assert_array_equal, chunked, first)
+    self.assert_equal(chunked, first)
 
   def test_nan_in_unselected_rows_touches_nothing(self):
     query, latent, indices, *grads = shared.inputs(
@@ -104,12 +106,8 @@ class SparseMLABackwardDeviceTest(parameterized.TestCase):
     indices = jnp.where(indices < 10, -1, indices)
     poisoned = latent.at[:, :10].set(jnp.nan)
     actual = gradients(query, poisoned, indices, *grads)
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      actual,
-      gradients(query, latent, indices, *grads),
-    )
-    np.testing.assert_array_equal(np.asarray(actual[1][:, :10], np.float32), 0)
+    self.assert_equal(actual, gradients(query, latent, indices, *grads))
+    self.assertFalse(actual[1][:, :10].any())
 
   def test_queries_without_rows_have_no_gradient(self):
     query, latent, indices, *grads = shared.inputs(
@@ -117,7 +115,7 @@ class SparseMLABackwardDeviceTest(parameterized.TestCase):
     )
     none = jnp.full_like(indices, -1)
     for grad in gradients(query, latent, none, *grads):
-      np.testing.assert_array_equal(np.asarray(grad, np.float32), 0)
+      self.assert_equal(grad, jnp.zeros_like(grad))
 
   def test_a_gradient_of_the_mean_probabilities_is_the_references(self):
     args = shared.inputs(1, 9, 16, 300, 256, 128, 128)

@@ -90,7 +90,6 @@ class DrawnCasesTest(parameterized.TestCase):
     shapes.Shape(3, 70, 1000, 96, 576, 512, 300),
     shapes.Shape(1, 150, 500, 33, 512, 500, 200),
     shapes.Shape(1, 300, 4096, 20, 576, 512, 2048),
-    shapes.Shape(1, 140, 4096, 32, 576, 512, 1),
     shapes.Shape(2, 150, 500, 8, 192, 128, 129),
     shapes.Shape(2, 150, 500, 1, 70, 3, 600),
   )

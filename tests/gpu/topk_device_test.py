@@ -46,6 +46,7 @@ def setUpModule():
 
 class TopKDeviceTest(topk_test.TopKTest):
   IMPLEMENTATION = "mosaic_gpu"
+  REPEATS = 20
 
 
 class TopKRowsDeviceTest(parameterized.TestCase):

@@ -1,6 +1,9 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the gathering ops as float64 loops over queries."""
+"""Gradients of the gathering ops as float64 loops over queries.
+
+No query has an index twice.
+"""
 
 import numpy as np
 
@@ -25,8 +28,8 @@ def sparse_mla(query, kv_latent, indices, grad_out, grad_lse, scale):
     mean = np.sum(probs * grad_probs, axis=1, keepdims=True)
     grad_logits = probs * (grad_probs - mean + grad_lse[b, t][:, None])
     grad_query[b, t] = scale * grad_logits @ rows
-    np.add.at(grad_latent[b], chosen, scale * grad_logits.T @ query[b, t])
-    np.add.at(grad_latent[b, :, :value_dim], chosen, probs.T @ grad_out[b, t])
+    grad_latent[b, chosen] += scale * grad_logits.T @ query[b, t]
+    grad_latent[b, chosen, :value_dim] += probs.T @ grad_out[b, t]
   return grad_query, grad_latent
 
 
@@ -52,7 +55,7 @@ def selected_scores(index_q, index_k, weights, indices, grad):
     grads[2][b, t] = np.sum(slopes * products, axis=1)
     slopes = slopes * weights[b, t][:, None]
     grads[0][b, t] = slopes @ keys
-    np.add.at(grads[1][b], chosen, slopes.T @ index_q[b, t])
+    grads[1][b, chosen] += slopes.T @ index_q[b, t]
   return scores, grads
 
 

@@ -109,6 +109,16 @@ class IndexerTest(parameterized.TestCase):
     q, k, w, _, end = self.inputs((1, 5, 9, 16, 8))
     np.testing.assert_array_equal(self.topk((q, k, w, end, end), 3), -1)
 
+  def test_a_start_behind_the_end_leaves_no_key(self):
+    q, k, w, start, end = self.inputs((2, 5, 200, 16, 8))
+    start = start.at[:, 2:].set(120)
+    end = end.at[:, 1:].set(90)
+    args = (q, k, w, start, end)
+    self.check_selection(args, 7)
+    np.testing.assert_array_equal(self.topk(args, 7)[:, 2:], -1)
+    scores = self.run_op(pallas_kernels.indexer_scores, *args)
+    np.testing.assert_array_equal(scores[:, 2:], -np.inf)
+
   def test_k_of_at_least_all_keys(self):
     for k in (20, 21, 40):
       self.check_selection(self.inputs((1, 20, 20, 16, 8)), k)
@@ -244,6 +254,41 @@ class IndexerTest(parameterized.TestCase):
         pallas_kernels.indexer_topk(q, k, w, start[:, :3], end, k=3)
       with self.assertRaisesRegex(ValueError, "index_topk.*got 0"):
         pallas_kernels.indexer_topk(q, k, w, start, end, k=0)
+
+
+class TransformedTest(absltest.TestCase):
+  """Gradients that are traced apart from the scores."""
+
+  IMPLEMENTATION = "xla"
+  DTYPE = jnp.float32
+
+  def test_gradient_of_a_jitted_map(self):
+    # The backward pass is traced when the forward pass's trace is gone.
+    q, k, w, start, end = inputs((2, 6, 30, 16, 8), self.DTYPE, offset=9)
+
+    def loss(q, start, end):
+      def add(total, bounds):
+        scores = pallas_kernels.indexer_scores(
+          q, k, w, *bounds, implementation=self.IMPLEMENTATION
+        )
+        return total + jnp.sum(jnp.where(scores > -jnp.inf, scores, 0.0)), None
+
+      bounds = jnp.stack([start, start]), jnp.stack([end, end - 1])
+      return jax.lax.scan(add, jnp.float32(0), bounds)[0]
+
+    def once(q, end):
+      scores = pallas_kernels.indexer_scores(
+        q, k, w, start, end, implementation="xla"
+      )
+      return jnp.sum(jnp.where(scores > -jnp.inf, scores, 0.0))
+
+    actual = jax.grad(jax.jit(loss))(q, start, end)
+    expected = jax.grad(once)(q, end) + jax.grad(once)(q, end - 1)
+    np.testing.assert_allclose(
+      np.asarray(actual, np.float32),
+      np.asarray(expected, np.float32),
+      **tolerances.tolerance(self.DTYPE, 30 * 16, grads=True),
+    )
 
 
 class KeyScaleTest(parameterized.TestCase):

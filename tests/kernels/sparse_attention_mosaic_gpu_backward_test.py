@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What surrounds the GPU's gradient kernel, which here is emulated."""
 
+import itertools
 from unittest import mock
 
 import jax
@@ -181,7 +182,7 @@ class SizesTest(parameterized.TestCase):
     ranges = problem.dq_tiles
     self.assertEqual(ranges[0][0], 0)
     self.assertEqual(ranges[-1][1], width // kernel.TILE)
-    for before, after in zip(ranges, ranges[1:], strict=False):
+    for before, after in itertools.pairwise(ranges):
       self.assertEqual(before[1], after[0])
     self.assertLessEqual(max(last - first for first, last in ranges), 4)
     self.assertEqual(problem.k_readers, 3 if width == 576 else 2)

@@ -120,22 +120,21 @@ class SparseMLATest(parameterized.TestCase):
     indices = jnp.where(indices < 10, -1, indices)
     poisoned = latent.at[:, :10].set(jnp.nan)
 
-    def run(latent):
-      def loss(query, latent):
-        out = pallas_kernels.sparse_mla(
-          query,
-          latent,
-          indices,
-          scale=0.3,
-          value_dim=16,
-          implementation=self.IMPLEMENTATION,
-        )
-        return jnp.sum(out.astype(jnp.float32) ** 2)
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def run(query, latent):
+      out = pallas_kernels.sparse_mla(
+        query,
+        latent,
+        indices,
+        scale=0.3,
+        value_dim=16,
+        implementation=self.IMPLEMENTATION,
+      )
+      return jnp.sum(out.astype(jnp.float32) ** 2)
 
-      return jax.jit(jax.value_and_grad(loss, (0, 1)))(query, latent)
-
-    value, grads = run(latent)
-    poisoned_value, poisoned_grads = run(poisoned)
+    value, grads = run(query, latent)
+    poisoned_value, poisoned_grads = run(query, poisoned)
     np.testing.assert_array_equal(value, poisoned_value)
     for a, b in zip(grads, poisoned_grads, strict=True):
       if self.GRADS_REPEAT:

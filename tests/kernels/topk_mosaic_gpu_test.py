@@ -87,10 +87,14 @@ class EmulatedTest(parameterized.TestCase):
 
 class MosaicGpuTopKTest(EmulatedTest, topk_test.TopKTest):
   IMPLEMENTATION = "mosaic_gpu"
+  REPEATS = 1
   KEYS_AND_K = tuple(itertools.product((9, 129, 1000), (1, 33)))
 
   def check(self, scores, k, lengths=None):
     topk_test.TopKTest.check(self, scores, k, lengths)
+
+  def test_no_rows(self):
+    self.assertEqual(self.top_k(np.zeros((3, 0, 8)), 2).shape, (3, 0, 2))
 
 
 class MosaicGpuRowsTest(EmulatedTest):
