@@ -18,6 +18,16 @@ from pallas_kernels import numerics
 
 AttentionKind = Literal["sparse", "dense"]
 
+# Jitted for their lowering, which layers of one shape then share: that of a
+# Mosaic GPU kernel takes half a second.
+_indexer_topk = jax.jit(
+  pallas_kernels.indexer_topk, static_argnames=("k", "implementation")
+)
+_sparse_mla = jax.jit(
+  pallas_kernels.sparse_mla,
+  static_argnames=("scale", "value_dim", "implementation"),
+)
+
 
 class AttentionContext(NamedTuple):
   """What all layers of one call share.
@@ -212,7 +222,7 @@ class SparseMLA(nn.Module):
       return dense_mla.dense_mla(
         query, kv_latent, context.key_start, context.key_end, **kwargs
       )
-    return pallas_kernels.sparse_mla(
+    return _sparse_mla(
       query,
       kv_latent,
       index.topk_indices,
@@ -238,7 +248,7 @@ class SparseMLA(nn.Module):
         )
       topk_indices = None
       if kind == "sparse":
-        topk_indices = pallas_kernels.indexer_topk(
+        topk_indices = _indexer_topk(
           outputs.index_q,
           keys,
           outputs.index_weights,

@@ -16,6 +16,12 @@ from indexcache_jax import linear, types
 SparseTransformerConfig = config_lib.SparseTransformerConfig
 
 
+# The platform's default: a model may pin "xla" or one kernel set for attention
+# while no such lowering of the grouped product exists. Jitted for its lowering,
+# which all products of one shape then share.
+_multiply = jax.jit(pallas_kernels.grouped_matmul)
+
+
 class Routing(NamedTuple):
   """Experts of every token, and the weights of their outputs."""
 
@@ -146,20 +152,15 @@ class Experts(nn.Module):
       )
     )
 
-    def multiply(lhs, rhs, sizes):
-      # The platform's default: a model may pin "xla" or one kernel set for
-      # attention while no such lowering of the grouped product exists.
-      return pallas_kernels.grouped_matmul(lhs, rhs, sizes)
-
     order = jnp.argsort(routing.experts.reshape(-1), stable=True)
     sizes = jnp.bincount(
       routing.experts.reshape(-1), length=cfg.n_routed_experts
     ).astype(jnp.int32)
     sorted_rows = rows[order // cfg.num_experts_per_tok]
-    inner = jax.nn.silu(multiply(sorted_rows, gate, sizes)) * multiply(
+    inner = jax.nn.silu(_multiply(sorted_rows, gate, sizes)) * _multiply(
       sorted_rows, up, sizes
     )
-    outputs = multiply(inner, down, sizes)[jnp.argsort(order)]
+    outputs = _multiply(inner, down, sizes)[jnp.argsort(order)]
     outputs = outputs.reshape(*routing.experts.shape, -1)
     weighted = outputs.astype(jnp.float32) * routing.weights[..., None]
     return weighted.sum(axis=1).astype(rows.dtype)

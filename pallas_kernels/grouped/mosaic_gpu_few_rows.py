@@ -56,6 +56,7 @@ def grouped_matmul(
     ],
     grid=(num_rows, width // COLUMNS),
     grid_names=("row", "column"),
+    kernel_name="grouped_matmul_few_rows",
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane
     ),

@@ -121,6 +121,7 @@ def _launch(plan, num_places, out):
     grid_names=("place",),
     num_threads=plan.num_threads // _WARPGROUP,
     thread_name="warpgroup",
+    kernel_name="top_k",
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       unsafe_no_auto_barriers=True,
