@@ -168,17 +168,24 @@ def _dtype_name(dtype):
   return "bf16" if dtype == jnp.bfloat16 else "fp8"
 
 
+# The tensor cores sum float8 products in fewer bits than float32's.
+_SCORE_ERROR = {"bfloat16": 1e-5, "float8_e4m3fn": 5e-4}
+
+
+def _widened(args):
+  """The same call in float32: the reference of the numbers, not the speed."""
+  return tuple(
+    x.astype(jnp.float32) if x is not None and x.dtype.itemsize < 4 else x
+    for x in args
+  )
+
+
 def _indexer_scores():
   def run(*args):
     return pk.indexer_scores(*args[:5], key_scale=args[5])
 
   def check(args, out):
-    few = _last_queries(args)
-    # In float32: the reference of the numbers, not of the speed.
-    few = tuple(
-      x.astype(jnp.float32) if x is not None and x.dtype.itemsize < 4 else x
-      for x in few
-    )
+    few = _widened(_last_queries(args))
     expected = pk.indexer_scores(
       *few[:5], key_scale=few[5], implementation="xla"
     )
@@ -203,7 +210,7 @@ def _indexer_scores():
       ),
       function=run,
       error=check,
-      tolerance=1e-5,
+      tolerance=_SCORE_ERROR[jnp.dtype(dtype).name],
       work=2 * _causal_pairs(4096, num_keys) * heads * 128,
       unit="TFLOP/s",
       ceiling=jnp.dtype(dtype).name,
@@ -230,7 +237,8 @@ def _indexer_topk():
 
   def check(args, out):
     """Share of selected keys whose score is below the reference's least."""
-    few = _last_queries(args)
+    few = _widened(_last_queries(args))
+    slack = 10 * _SCORE_ERROR[args[0].dtype.name]
     scores = pk.indexer_scores(*few[:5], key_scale=few[5], implementation="xla")
     expected = pk.top_k(scores, 2048, implementation="xla")
     actual = np.asarray(out[:, -_CHECKED:])
@@ -240,7 +248,7 @@ def _indexer_topk():
       least = scores[row][expected[row]].min()
       chosen = actual[row][actual[row] >= 0]
       # Another order of summation may swap neighbours at the boundary.
-      wrong += np.sum(scores[row][chosen] < least - 1e-4 * abs(least))
+      wrong += np.sum(scores[row][chosen] < least - slack * abs(least))
       wrong += len(np.unique(chosen)) != len(expected[row])
     return float(wrong)
 
@@ -274,10 +282,8 @@ _SPARSE_MLA = {
   "4096x32768 128 heads": (1, 4096, 32768, 128),
   "4096x32768 64 heads": (1, 4096, 32768, 64),
   "4096x32768 32 heads": (1, 4096, 32768, 32),
-  "4096x32768 20 heads": (1, 4096, 32768, 20),
   "4096x131072 128 heads": (1, 4096, 131072, 128),
   "4096x131072 64 heads": (1, 4096, 131072, 64),
-  "4096x131072 32 heads": (1, 4096, 131072, 32),
   "4096x131072 20 heads": (1, 4096, 131072, 20),
   "512x1048576 64 heads": (1, 512, 1048576, 64),
   "decode b1 131072 64 heads": (1, 1, 131072, 64),
@@ -539,5 +545,5 @@ def _grouped_matmul():
       unit="TFLOP/s",
       ceiling="bfloat16",
     )
-    for tokens in (64, 4096)
+    for tokens in (1, 64, 4096)
   ]

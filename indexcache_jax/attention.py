@@ -20,10 +20,10 @@ AttentionKind = Literal["sparse", "dense"]
 
 # Jitted for their lowering, which layers of one shape then share: that of a
 # Mosaic GPU kernel takes half a second.
-_indexer_topk = jax.jit(
+indexer_topk = jax.jit(
   pallas_kernels.indexer_topk, static_argnames=("k", "implementation")
 )
-_sparse_mla = jax.jit(
+sparse_mla = jax.jit(
   pallas_kernels.sparse_mla,
   static_argnames=("scale", "value_dim", "implementation"),
 )
@@ -222,7 +222,7 @@ class SparseMLA(nn.Module):
       return dense_mla.dense_mla(
         query, kv_latent, context.key_start, context.key_end, **kwargs
       )
-    return _sparse_mla(
+    return sparse_mla(
       query,
       kv_latent,
       index.topk_indices,
@@ -248,7 +248,7 @@ class SparseMLA(nn.Module):
         )
       topk_indices = None
       if kind == "sparse":
-        topk_indices = _indexer_topk(
+        topk_indices = indexer_topk(
           outputs.index_q,
           keys,
           outputs.index_weights,

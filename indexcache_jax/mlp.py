@@ -19,7 +19,7 @@ SparseTransformerConfig = config_lib.SparseTransformerConfig
 # The platform's default: a model may pin "xla" or one kernel set for attention
 # while no such lowering of the grouped product exists. Jitted for its lowering,
 # which all products of one shape then share.
-_multiply = jax.jit(pallas_kernels.grouped_matmul)
+grouped_matmul = jax.jit(pallas_kernels.grouped_matmul)
 
 
 class Routing(NamedTuple):
@@ -157,10 +157,10 @@ class Experts(nn.Module):
       routing.experts.reshape(-1), length=cfg.n_routed_experts
     ).astype(jnp.int32)
     sorted_rows = rows[order // cfg.num_experts_per_tok]
-    inner = jax.nn.silu(_multiply(sorted_rows, gate, sizes)) * _multiply(
-      sorted_rows, up, sizes
-    )
-    outputs = _multiply(inner, down, sizes)[jnp.argsort(order)]
+    inner = jax.nn.silu(
+      grouped_matmul(sorted_rows, gate, sizes)
+    ) * grouped_matmul(sorted_rows, up, sizes)
+    outputs = grouped_matmul(inner, down, sizes)[jnp.argsort(order)]
     outputs = outputs.reshape(*routing.experts.shape, -1)
     weighted = outputs.astype(jnp.float32) * routing.weights[..., None]
     return weighted.sum(axis=1).astype(rows.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import indexcache_jax as ic
-import pallas_kernels
+from indexcache_jax import attention
 from indexcache_jax import cache as cache_lib
 from tests import tolerances
 from tests.indexcache import toy
@@ -26,7 +26,7 @@ class StaticScheduleTest(parameterized.TestCase):
   def test_traces_one_indexer_a_full_layer(self, pattern):
     config = tiny(pattern)
     with mock.patch.object(
-      pallas_kernels, "indexer_topk", wraps=pallas_kernels.indexer_topk
+      attention, "indexer_topk", wraps=attention.indexer_topk
     ) as traced:
       jax.eval_shape(
         ic.SparseTransformer(config).apply,
@@ -130,13 +130,13 @@ class RuntimeScheduleTest(parameterized.TestCase):
 
   def test_a_layer_shared_at_run_time_runs_no_indexer(self):
     calls = []
-    original = pallas_kernels.indexer_topk
+    original = attention.indexer_topk
 
     def counting(*args, **kwargs):
       jax.debug.callback(lambda: calls.append(1))
       return original(*args, **kwargs)
 
-    with mock.patch.object(pallas_kernels, "indexer_topk", counting):
+    with mock.patch.object(attention, "indexer_topk", counting):
       model = ic.SparseTransformer(tiny())
       logits, _ = jax.jit(model.apply)(
         {"params": full_params()},
