@@ -185,8 +185,9 @@ print([g.shape for g in gradient(query, latent)])
 # - TPU: `pallas_kernels/*/mosaic_tpu.py`. Change the choice, then `make
 #   tpu-compile` asks the real compiler whether it fits and `make tpu-cost` what
 #   it costs, both without a TPU; keep the better one with its figure.
-# - GPU: `pallas_kernels/grouped/mosaic_gpu.py` has the block sizes of the
-#   expert product; the other ops run as XLA on GPUs so far.
+# - GPU: `pallas_kernels/*/mosaic_gpu.py`. `make gpu-compile` asks ptxas, without
+#   a GPU, whether it compiles for Hopper without a spill; `python -m
+#   experiments.bench_kernels` times it on one.
 #
 # The op's test class then runs on the device: `python -m
 # tests.kernels.topk_test`.

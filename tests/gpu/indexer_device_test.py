@@ -16,9 +16,9 @@ from tests.gpu import device
 from tests.kernels import indexer_test
 
 _DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn)
-# Of a score, relative to its terms: the matrix units sum 8-bit products to some
-# 14 bits.
-_ROUNDING = {"bfloat16": 1e-6, "float8_e4m3fn": 1e-3}
+# Of a score, relative to its terms without their signs: the matrix units
+# sum 8-bit products to some 14 bits.
+_ROUNDING = {"bfloat16": 3e-7, "float8_e4m3fn": 3e-4}
 
 
 def setUpModule():
@@ -99,12 +99,12 @@ class GeneratedCasesTest(parameterized.TestCase):
     widened = tuple(x.astype(jnp.float32) for x in args[:2]) + args[2:]
     expected = scores(widened, scale, "xla")
     # What a score would be if all its terms had one sign.
-    size = scores((*widened[:2], jnp.abs(args[2]), *args[3:]), scale, "xla")
+    size = scores((*map(jnp.abs, widened[:3]), *args[3:]), scale, "xla")
     np.testing.assert_array_equal(actual == -jnp.inf, expected == -jnp.inf)
     tolerance = _ROUNDING[args[0].dtype.name]
     error = jnp.where(expected > -jnp.inf, jnp.abs(actual - expected), 0)
     limit = jnp.where(size > -jnp.inf, size, 0) * tolerance
-    self.assertLessEqual(float(jnp.max(error - limit)), 1e-5)
+    self.assertLessEqual(float(jnp.max(error - limit)), 0)
     np.testing.assert_array_equal(
       topk(args, scale, k), reference_topk(actual, k)
     )

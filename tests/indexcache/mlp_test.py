@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-import pallas_kernels
 from indexcache_jax import mlp
 from tests import tolerances
 from tests.indexcache import toy
@@ -286,7 +285,7 @@ class SparseMLPTest(parameterized.TestCase):
   def test_experts_are_three_grouped_products(self):
     config = toy.config()
     with mock.patch.object(
-      pallas_kernels, "grouped_matmul", wraps=pallas_kernels.grouped_matmul
+      mlp, "grouped_matmul", wraps=mlp.grouped_matmul
     ) as traced:
       jax.eval_shape(
         mlp.SparseMLP(config).apply,
