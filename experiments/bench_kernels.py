@@ -11,7 +11,6 @@ ceiling, which is the library's matrix product of the same dtype, or a copy.
 """
 
 import datetime
-import json
 import pathlib
 
 import jax
@@ -33,7 +32,10 @@ _LAUNCHES = flags.DEFINE_integer(
   "launches", 40, "Back-to-back launches a mean.", lower_bound=1
 )
 
-_COLUMNS = ("op", "shape", "mode", "ms", "rate", "unit", "share", "error")
+_COLUMNS = (
+  *("op", "shape", "mode", "ms", "rate", "unit", "share", "error"),
+  "fault",
+)
 
 
 def main(argv):
@@ -46,13 +48,14 @@ def main(argv):
     **common.environment(),
     "date": datetime.date.today().isoformat(),
   }
+  path = pathlib.Path(_OUTPUT_DIR.value) / "kernels.jsonl"
   ceilings = measure_ceilings({w.ceiling for w in chosen})
   records = [{**record, **provenance} for record in ceiling_records(ceilings)]
   for workload in chosen:
     for record in bench(workload, ceilings):
       records.append({**record, **provenance})
-      print(row(record), flush=True)
-    write(records)
+      print(common.table_row(record, _COLUMNS), flush=True)
+    common.write_records(path, records, _COLUMNS)
   failed = [r for r in records if r.get("fault")]
   if failed:
     raise ValueError(f"{len(failed)} workloads failed their check: {failed}")
@@ -144,27 +147,6 @@ def bench(
     }
     for mode, ms in times.items()
   ]
-
-
-def row(record: dict) -> str:
-  """A line of the table."""
-  if record.get("fault"):
-    return f"| {record['op']} | {record['shape']} | FAULT {record['fault']} |"
-  cells = []
-  for column in _COLUMNS:
-    value = record.get(column, "")
-    cells.append(f"{value:.4g}" if isinstance(value, float) else str(value))
-  return f"| {' | '.join(cells)} |"
-
-
-def write(records: list[dict]) -> None:
-  """Writes kernels.jsonl and kernels.md, whole."""
-  directory = pathlib.Path(_OUTPUT_DIR.value)
-  lines = [json.dumps(record) for record in records]
-  common.write_text(directory / "kernels.jsonl", "\n".join(lines) + "\n")
-  head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-  table = "\n".join([*head, *map(row, records)])
-  common.write_text(directory / "kernels.md", table + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ compiled program holds beside its arguments and results.
 
 import datetime
 import functools
-import json
 import pathlib
 
 import jax
@@ -52,6 +51,7 @@ def main(argv):
     "date": datetime.date.today().isoformat(),
   }
   config = presets.PRESETS[_PRESET.value]()
+  path = pathlib.Path(_OUTPUT_DIR.value) / "layer.jsonl"
   records = []
   for context in map(int, _CONTEXTS.value):
     for name in _IMPLEMENTATIONS.value:
@@ -68,9 +68,9 @@ def main(argv):
             "implementation": name,
             **bench.time(kind, phase, _LAUNCHES.value),
           }
-          print(_row(record), flush=True)
+          print(common.table_row(record, _COLUMNS), flush=True)
           records.append({**record, **provenance})
-          _write(records)
+          common.write_records(path, records, _COLUMNS)
 
 
 class LayerBench:
@@ -137,23 +137,6 @@ class LayerBench:
       "ms": kernel_timing.wall_ms(compiled, *args, launches=launches),
       "temp_gib": temp_bytes / 2**30,
     }
-
-
-def _row(record):
-  cells = (
-    f"{record[c]:.4g}" if isinstance(record[c], float) else str(record[c])
-    for c in _COLUMNS
-  )
-  return f"| {' | '.join(cells)} |"
-
-
-def _write(records):
-  directory = pathlib.Path(_OUTPUT_DIR.value)
-  lines = [json.dumps(record) for record in records]
-  common.write_text(directory / "layer.jsonl", "\n".join(lines) + "\n")
-  head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-  table = "\n".join([*head, *map(_row, records)])
-  common.write_text(directory / "layer.md", table + "\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every script needs: argument checks, atomic files, provenance."""
 
+import json
 import math
 import os
 import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,30 @@ def write_text(path: pathlib.Path, content: str) -> None:
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   temporary.write_text(content, encoding="utf-8")
   temporary.replace(path)
+
+
+def write_records(
+  path: pathlib.Path, records: list[dict], columns: Sequence[str]
+) -> None:
+  """Writes records as JSON lines and, beside them, some columns as a table.
+
+  Args:
+    path: ends in .jsonl; the table's ends in .md.
+    records: one a line.
+    columns: of the table, in order.
+  """
+  lines = [json.dumps(record) for record in records]
+  write_text(path, "\n".join(lines) + "\n")
+  head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+  rows = [table_row(record, columns) for record in records]
+  write_text(path.with_suffix(".md"), "\n".join([*head, *rows]) + "\n")
+
+
+def table_row(record: dict, columns: Sequence[str]) -> str:
+  """A line of a table: floats to four digits, nothing where there is none."""
+  cells = (record.get(column, "") for column in columns)
+  words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
+  return f"| {' | '.join(words)} |"
 
 
 def count_parameters(config: ic.SparseTransformerConfig) -> int:

@@ -12,7 +12,6 @@ both measured in the same run.
 
 import collections
 import datetime
-import json
 import pathlib
 
 import jax
@@ -87,10 +86,9 @@ def main(argv):
             **record,
           }
           records.append({**record, **provenance})
-          print(_row(record), flush=True)
-  lines = "\n".join(json.dumps(record) for record in records)
+          print(common.table_row(record, _COLUMNS), flush=True)
   path = pathlib.Path(_OUTPUT_DIR.value) / "profile.jsonl"
-  common.write_text(path, lines + "\n")
+  common.write_records(path, records, _COLUMNS)
 
 
 class Rates:
@@ -201,14 +199,6 @@ def work_of(
     # Each of its parameters is multiplied and added once a token.
     _REST: (tokens * rest, rest / 2 * itemsize),
   }
-
-
-def _row(record):
-  cells = (
-    f"{record[c]:.4g}" if isinstance(record[c], float) else str(record[c])
-    for c in _COLUMNS
-  )
-  return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

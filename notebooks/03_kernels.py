@@ -185,8 +185,8 @@ print([g.shape for g in gradient(query, latent)])
 # - TPU: `pallas_kernels/*/mosaic_tpu.py`. Change the choice, then `make
 #   tpu-compile` asks the real compiler whether it fits and `make tpu-cost` what
 #   it costs, both without a TPU; keep the better one with its figure.
-# - GPU: `pallas_kernels/*/mosaic_gpu.py`. `make gpu-compile` asks ptxas, without
-#   a GPU, whether it compiles for Hopper without a spill; `python -m
+# - GPU: `pallas_kernels/*/mosaic_gpu.py`. `make gpu-compile` asks ptxas, no
+#   GPU needed, whether it compiles for Hopper without a spill; `python -m
 #   experiments.bench_kernels` times it on one.
 #
 # The op's test class then runs on the device: `python -m

@@ -6,9 +6,6 @@ Two kernels: one where queries fill the rows of the matrix units, one for
 decoding, where keys do.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -71,34 +68,14 @@ def indexer_scores(
     NotImplementedError: the chip, dtype or head dim.
   """
   chip = _check(index_q, index_k)
-  return _differentiable_scores(
-    chip, index_q, index_k, index_weights, key_start, key_end, key_scale
+
+  def scores(index_q, index_k, *others):
+    padded = _scores(index_q, index_k, *others, chip=chip)
+    return padded[:, : index_q.shape[1], : index_k.shape[1]]
+
+  return reference.with_gradient(scores)(
+    index_q, index_k, index_weights, key_start, key_end, key_scale
   )
-
-
-# The bounds are arguments: the backward pass may run in another trace, where
-# what a function closed over is gone.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable_scores(chip, index_q, index_k, *others):
-  scores = _scores(index_q, index_k, *others, chip=chip)
-  return scores[:, : index_q.shape[1], : index_k.shape[1]]
-
-
-def _forward(chip, *args):
-  return _differentiable_scores(chip, *args), args
-
-
-def _backward(_, args, grad):
-  *floats, key_start, key_end, key_scale = args
-
-  def scores(*floats):
-    return reference.indexer_scores(*floats, key_start, key_end, key_scale)
-
-  _, vjp = jax.vjp(scores, *floats)
-  return *vjp(grad), None, None, None
-
-
-_differentiable_scores.defvjp(_forward, _backward)
 
 
 def indexer_topk(

@@ -67,33 +67,10 @@ def indexer_scores(
   """
   _check(index_q, index_k)
   tiles = tiles or _default_tiles(index_q.shape[1], index_k.shape[1])
-  return _differentiable_scores(
-    tiles, skip, index_q, index_k, index_weights, key_start, key_end
+  scores = functools.partial(_scores, tiles=tiles, skip=skip)
+  return reference.with_gradient(scores)(
+    index_q, index_k, index_weights, key_start, key_end
   )
-
-
-# The bounds are arguments: the backward pass may run in another trace, where
-# what a function closed over is gone.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable_scores(tiles, skip, *args):
-  return _scores(*args, tiles=tiles, skip=skip)
-
-
-def _forward(tiles, skip, *args):
-  return _differentiable_scores(tiles, skip, *args), args
-
-
-def _backward(tiles, skip, args, grad):
-  del tiles, skip
-  *floats, key_start, key_end = args
-  _, vjp = jax.vjp(
-    lambda *floats: reference.indexer_scores(*floats, key_start, key_end),
-    *floats,
-  )
-  return *vjp(grad), None, None
-
-
-_differentiable_scores.defvjp(_forward, _backward)
 
 
 def indexer_topk(

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of the lightning indexer, in plain XLA."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -50,6 +52,31 @@ def indexer_scores(
   if key_scale is not None:
     scores *= jnp.where(is_seen, key_scale, 1)[:, None]
   return jnp.where(is_visible, scores, -jnp.inf)
+
+
+def with_gradient(scores: Callable) -> Callable:
+  """Gives a lowering's `indexer_scores` the gradient of the definition.
+
+  Args:
+    scores: of the arguments of `indexer_scores`, in their order. The bounds
+      must be among them: the backward pass may run in another trace, where
+      what a function closed over is gone.
+  """
+
+  @jax.custom_vjp
+  def differentiable(*args):
+    return scores(*args)
+
+  def forward(*args):
+    return scores(*args), args
+
+  def backward(args, grad):
+    floats, others = args[:3], args[3:]
+    _, vjp = jax.vjp(lambda *floats: indexer_scores(*floats, *others), *floats)
+    return *vjp(grad), *(None for _ in others)
+
+  differentiable.defvjp(forward, backward)
+  return differentiable
 
 
 def indexer_topk(

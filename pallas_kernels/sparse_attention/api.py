@@ -49,7 +49,8 @@ def sparse_mla(
   Returns:
     Output in `query`'s dtype, zeros for a query without a row; with residuals
     if asked. Differentiable in `query` and `kv_latent`. Memory beyond that:
-    chunks of queries in XLA, recomputed in the backward pass.
+    chunks of queries in XLA, recomputed in the backward pass; in mosaic_gpu's
+    backward pass a float32 copy of `kv_latent` and less than 640 MiB.
 
   Raises:
     ValueError: shapes that do not fit.

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact top-k of rows, as ascending indices."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels import dispatch
@@ -53,6 +54,8 @@ def top_k(
       "`lengths` must have one entry a row of `scores`: got"
       f" lengths.shape={lengths.shape}, scores.shape={scores.shape}."
     )
+  if not scores.size:
+    return jnp.full((*scores.shape[:-1], k), -1, jnp.int32)
   return dispatch.run(
     "top_k", _IMPLEMENTATIONS, _ORDER, implementation, scores, k, lengths
   )

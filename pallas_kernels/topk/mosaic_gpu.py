@@ -55,8 +55,6 @@ def top_k(
       f"the buffer in shared memory fits k up to {_MAX_K}: got k={k}"
     )
   *batch, num_keys = scores.shape
-  if not scores.size:
-    return jnp.full((*batch, k), -1, jnp.int32)
   scores = scores.reshape(-1, num_keys)
   inputs = [scores]
   if lengths is not None:

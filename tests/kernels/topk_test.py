@@ -96,6 +96,10 @@ class TopKTest(parameterized.TestCase):
     for _ in range(self.REPEATS):
       np.testing.assert_array_equal(run(scores), first)
 
+  def test_no_rows_and_no_scores(self):
+    self.assertEqual(self.top_k(np.zeros((3, 0, 8)), 2).shape, (3, 0, 2))
+    self.check(np.zeros((2, 0)), 2)
+
   def test_errors(self):
     scores = jnp.zeros((2, 4))
     with errors.unchecked():
