@@ -90,6 +90,7 @@ def scores(
     grid_names=("block",),
     num_threads=tiles.warpgroups + 1,
     thread_name="warpgroup",
+    kernel_name="indexer_scores_few_queries",
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       approx_math=True,

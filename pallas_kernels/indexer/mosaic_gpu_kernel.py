@@ -118,6 +118,7 @@ def scores(
     **(cluster if tiles.members > 1 else {}),
     num_threads=tiles.warpgroups + 1,
     thread_name="warpgroup",
+    kernel_name="indexer_scores",
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       approx_math=True,

@@ -38,6 +38,9 @@ class MosaicGpuDenseAttentionTest(
   IMPLEMENTATION = "mosaic_gpu"
   DTYPE = jnp.bfloat16
 
+  def test_run_to_run_bit_equal(self):
+    self.skipTest("the interpreter has one order: tests/gpu runs it on a GPU")
+
 
 class MosaicGpuBlocksTest(_Interpreted, parameterized.TestCase):
   """Blocks and segments, unseen, filled and cut."""

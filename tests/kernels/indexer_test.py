@@ -120,7 +120,7 @@ class IndexerTest(parameterized.TestCase):
     np.testing.assert_array_equal(scores[:, 2:], -np.inf)
 
   def test_k_of_at_least_all_keys(self):
-    for k in (20, 21, 40):
+    for k in (20, 40):
       self.check_selection(self.inputs((1, 20, 20, 16, 8)), k)
 
   def test_zero_scores_of_either_sign_tie_to_the_lower_index(self):
