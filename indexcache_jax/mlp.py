@@ -17,9 +17,9 @@ SparseTransformerConfig = config_lib.SparseTransformerConfig
 
 
 # The platform's default: a model may pin "xla" or one kernel set for attention
-# while no such lowering of the grouped product exists. Jitted for its lowering,
-# which all products of one shape then share.
-grouped_matmul = jax.jit(pallas_kernels.grouped_matmul)
+# while no such lowering of the experts exists. Jitted for its lowering, which
+# layers of one shape then share.
+expert_mlp = jax.jit(pallas_kernels.expert_mlp)
 
 
 class Routing(NamedTuple):
@@ -126,7 +126,7 @@ def route(
 
 
 class Experts(nn.Module):
-  """The routed experts, as three grouped matrix products."""
+  """The routed experts."""
 
   config: SparseTransformerConfig
 
@@ -151,16 +151,4 @@ class Experts(nn.Module):
         ("down_proj", narrow),
       )
     )
-
-    order = jnp.argsort(routing.experts.reshape(-1), stable=True)
-    sizes = jnp.bincount(
-      routing.experts.reshape(-1), length=cfg.n_routed_experts
-    ).astype(jnp.int32)
-    sorted_rows = rows[order // cfg.num_experts_per_tok]
-    inner = jax.nn.silu(
-      grouped_matmul(sorted_rows, gate, sizes)
-    ) * grouped_matmul(sorted_rows, up, sizes)
-    outputs = grouped_matmul(inner, down, sizes)[jnp.argsort(order)]
-    outputs = outputs.reshape(*routing.experts.shape, -1)
-    weighted = outputs.astype(jnp.float32) * routing.weights[..., None]
-    return weighted.sum(axis=1).astype(rows.dtype)
+    return expert_mlp(rows, routing.experts, routing.weights, gate, up, down)

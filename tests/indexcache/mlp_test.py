@@ -1,7 +1,6 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -281,25 +280,6 @@ class SparseMLPTest(parameterized.TestCase):
     self.assertFalse(np.any(grads["gate"]["e_score_correction_bias"]))
     self.assertTrue(np.any(grads["gate"]["kernel"]))
     self.assertTrue(np.any(of_hidden))
-
-  def test_experts_are_three_grouped_products(self):
-    config = toy.config()
-    with mock.patch.object(
-      mlp, "grouped_matmul", wraps=mlp.grouped_matmul
-    ) as traced:
-      jax.eval_shape(
-        mlp.SparseMLP(config).apply,
-        {"params": make_params(config)},
-        hidden_states(),
-      )
-    shapes = [
-      (rows.shape, matrices.shape, sizes.shape)
-      for (rows, matrices, sizes), _ in traced.call_args_list
-    ]
-    num_rows = 2 * 7 * config.num_experts_per_tok
-    wide = ((num_rows, HIDDEN), (NUM_EXPERTS, HIDDEN, INNER), (NUM_EXPERTS,))
-    narrow = ((num_rows, INNER), (NUM_EXPERTS, INNER, HIDDEN), (NUM_EXPERTS,))
-    self.assertEqual(shapes, [wide, wide, narrow])
 
 
 class DenseMLPTest(absltest.TestCase):

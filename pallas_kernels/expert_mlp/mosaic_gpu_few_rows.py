@@ -1,0 +1,169 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of a decode step: few rows, so the matrices' bytes count.
+
+Two kernels, for gate and up together and for down. A block of threads takes
+one expert and 64 output columns, and streams that part of the expert's
+matrices through shared memory. The tensor cores multiply it with all rows, 64
+at most, for they idle anyway; each row then takes the product of its own
+experts. Sorting and grouping rows took longer than the products, and JAX's
+grouped kernel, made for many rows, reads at 0.2 TB/s here, of an H200's 4.3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.expert_mlp import reference
+
+# Rows of the wgmma instruction.
+MAX_ROWS = 64
+# Output columns of a block; more would leave multiprocessors idle at 4 experts.
+_COLUMNS = 64
+# Rows of a matrix that one copy brings.
+_DEPTH = 128
+# Bytes of shared memory for the copies in flight; the rest is the result's.
+_RING_BYTES = 192 << 10
+# Tiles of 8 rows x 128 bytes, as wgmma reads them.
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def expert_mlp(
+  rows: Float[Array, "M E"],
+  experts: Int32[Array, "M J"],
+  weights: Float32[Array, "M J"],
+  gate: Float[Array, "G E F"],
+  up: Float[Array, "G E F"],
+  down: Float[Array, "G F E"],
+) -> Float[Array, "M E"]:
+  """See `api.expert_mlp`; M up to `MAX_ROWS`, E and F multiples of 128."""
+  num_rows = len(rows)
+  # A copy moves tiles of 8 rows.
+  padded = jnp.pad(rows, ((0, -num_rows % 8), (0, 0)))[None]
+  experts = experts.reshape(-1)
+  # The first choice of an expert stands for all: one block serves them.
+  leaders = jnp.argmax(experts == experts[:, None], axis=1).astype(jnp.int32)
+  inner = _products(padded, (gate, up), experts, leaders, _gated)
+  outputs = _products(inner, (down,), experts, leaders, lambda product: product)
+  token = jnp.arange(len(experts)) // weights.shape[1]
+  outputs = outputs[leaders, token].reshape(*weights.shape, -1)
+  return reference.weighted_sum(outputs, weights)
+
+
+def _gated(gate, up):
+  return gate / (1 + jnp.exp(-gate)) * up
+
+
+def _products(rows, matrices, experts, leaders, combine):
+  """`combine` of the products of rows with their block's expert's matrices.
+
+  Args:
+    rows: [1 or R, M, E], one for all choices or one for each.
+    matrices: arrays [G, E, F].
+    experts: [R].
+    leaders: [R]; only a choice that is its own leader gets a product.
+    combine: of float32 products.
+
+  Returns:
+    [R, M, F]; what is no leader's is undefined.
+  """
+  num_choices, num_rows, depth = len(experts), *rows.shape[1:]
+  width = matrices[0].shape[2]
+  slot_bytes = (MAX_ROWS + len(matrices) * _COLUMNS) * _DEPTH * 2
+  slots = min(_RING_BYTES // slot_bytes, depth // _DEPTH)
+  kernel = plgpu.kernel(
+    functools.partial(
+      _body,
+      slots=slots,
+      steps=depth // _DEPTH,
+      num_matrices=len(matrices),
+      combine=combine,
+    ),
+    out_type=jax.ShapeDtypeStruct((num_choices, num_rows, width), rows.dtype),
+    scratch_types=[
+      plgpu.SMEM((slots, MAX_ROWS, _DEPTH), rows.dtype, transforms=_TRANSFORMS),
+      *(
+        plgpu.SMEM(
+          (slots, _DEPTH, _COLUMNS), rows.dtype, transforms=_TRANSFORMS
+        )
+        for _ in matrices
+      ),
+      plgpu.SMEM((MAX_ROWS, _COLUMNS), rows.dtype, transforms=_TRANSFORMS),
+      plgpu.Barrier(num_arrivals=1 + len(matrices), num_barriers=slots),
+    ],
+    grid=(num_choices, width // _COLUMNS),
+    grid_names=("choice", "column"),
+    kernel_name="expert_mlp_few_rows",
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+  )
+  return kernel(rows, *matrices, experts, leaders)
+
+
+def _body(rows, *refs, slots, steps, num_matrices, combine):
+  matrices = refs[:num_matrices]
+  experts, leaders, out, rows_smem = refs[num_matrices : num_matrices + 4]
+  *matrix_smems, out_smem, full = refs[num_matrices + 4 :]
+  choice = lax.axis_index("choice")
+  columns = pl.ds(lax.axis_index("column") * _COLUMNS, _COLUMNS)
+  num_rows = rows.shape[1]
+  own_rows = rows.at[0 if len(rows) == 1 else choice]
+
+  @pl.when(leaders[choice] == choice)
+  def _():
+    expert = experts[choice]
+
+    def start_copies(step):
+      slot = lax.rem(step, jnp.int32(slots))
+      depth = pl.ds(step * _DEPTH, _DEPTH)
+      plgpu.copy_gmem_to_smem(
+        own_rows.at[:, depth],
+        rows_smem.at[slot, pl.ds(0, num_rows)],
+        full.at[slot],
+      )
+      for matrix, smem in zip(matrices, matrix_smems, strict=True):
+        plgpu.copy_gmem_to_smem(
+          matrix.at[expert, depth, columns], smem.at[slot], full.at[slot]
+        )
+
+    for step in range(slots):
+      start_copies(jnp.int32(step))
+    products = _multiply(
+      start_copies, rows_smem, matrix_smems, full, slots, steps
+    )
+    out_smem[...] = combine(*products).astype(out.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+      out_smem.at[pl.ds(0, num_rows)], out.at[choice, :, columns]
+    )
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply(start_copies, rows_smem, matrix_smems, full, slots, steps):
+  """Products of the rows with each matrix, added up over the depth."""
+
+  def run(*accumulators):
+    def multiply_step(step, carry):
+      slot = lax.rem(step, jnp.int32(slots))
+      plgpu.barrier_wait(full.at[slot])
+      for accumulator, smem in zip(accumulators, matrix_smems, strict=True):
+        plgpu.wgmma(accumulator, rows_smem.at[slot], smem.at[slot])
+      plgpu.wgmma_wait(0)
+
+      @pl.when(step + slots < steps)
+      def _():
+        start_copies(step + slots)
+
+      return carry
+
+    lax.fori_loop(jnp.int32(0), jnp.int32(steps), multiply_step, None)
+    return [accumulator[...] for accumulator in accumulators]
+
+  accumulator = plgpu.ACC((MAX_ROWS, _COLUMNS), jnp.float32)
+  return pl.run_scoped(run, *[accumulator] * len(matrix_smems))
