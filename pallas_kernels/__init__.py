@@ -10,6 +10,7 @@ further lowering, `shapes.py` (the shapes of real models). Letters in shapes:
 """
 
 from pallas_kernels.dense_attention.api import dense_mla_residuals
+from pallas_kernels.expert_mlp.api import expert_mlp
 from pallas_kernels.grouped.api import grouped_matmul
 from pallas_kernels.indexer.api import (
   indexer_scores,
@@ -18,14 +19,23 @@ from pallas_kernels.indexer.api import (
 )
 from pallas_kernels.indexer.quantization import quantize_rows
 from pallas_kernels.sparse_attention.api import SparseMLAResiduals, sparse_mla
+from pallas_kernels.sparse_attention.quantization import (
+  QuantizedLatents,
+  dequantize_latents,
+  quantize_latents,
+)
 from pallas_kernels.topk.api import top_k
 
 __all__ = [
+  "QuantizedLatents",
   "SparseMLAResiduals",
   "dense_mla_residuals",
+  "dequantize_latents",
+  "expert_mlp",
   "grouped_matmul",
   "indexer_scores",
   "indexer_topk",
+  "quantize_latents",
   "quantize_rows",
   "selected_indexer_scores",
   "sparse_mla",

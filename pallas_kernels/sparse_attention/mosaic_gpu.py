@@ -23,6 +23,7 @@ from pallas_kernels.sparse_attention import (
 )
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_probs as probs
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
 # Three arrays of 64 rows of it, two more of 64 x 64: all the shared memory.
@@ -38,7 +39,7 @@ _ITEM_STEPS, _COMBINE_STEPS, _PART_STEPS = 2, 1, 0.02
 
 def sparse_mla(
   query: Float[Array, "B T N C"],
-  kv_latent: Float[Array, "B S C"],
+  kv_latent: Float[Array, "B S C"] | QuantizedLatents,
   topk_indices: Int32[Array, "B T K"],
   *,
   scale: float,
@@ -50,8 +51,12 @@ def sparse_mla(
   heads of no multiple of 8 and rows of no multiple of 128 are padded: copies.
 
   Raises:
-    NotImplementedError: a chip, dtype or shape that the kernels can't run.
+    NotImplementedError: a chip, dtype or shape that the kernels can't run;
+      quantized latents.
   """
+  chip.chip()
+  if isinstance(kv_latent, QuantizedLatents):
+    raise NotImplementedError("needs latents in bfloat16: got QuantizedLatents")
   heads, width = query.shape[2:]
   padded_values = _round_up(value_dim, _VALUE_MULTIPLE)
   padded_width = max(_round_up(width, items.TILE), padded_values)
@@ -79,7 +84,6 @@ def sparse_mla(
 
 
 def _check(query, kv_latent, topk_indices, padded_width):
-  chip.chip()
   if query.dtype != jnp.bfloat16 or kv_latent.dtype != jnp.bfloat16:
     raise NotImplementedError(
       "needs query and latent in bfloat16: got"

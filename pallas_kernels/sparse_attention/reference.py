@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import chunking, numerics
-from pallas_kernels import rows as rows_lib
+from pallas_kernels.sparse_attention import quantization
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 
 class SparseMLAResiduals(NamedTuple):
@@ -26,7 +27,7 @@ class SparseMLAResiduals(NamedTuple):
 
 def sparse_mla(
   query: Float[Array, "B T N C"],
-  kv_latent: Float[Array, "B S C"],
+  kv_latent: Float[Array, "B S C"] | QuantizedLatents,
   topk_indices: Int32[Array, "B T K"],
   *,
   scale: float,
@@ -35,7 +36,7 @@ def sparse_mla(
   """Gathers rows and attends, a chunk of queries at a time."""
 
   def attend(query, topk_indices):
-    rows = rows_lib.gather_rows(kv_latent, topk_indices)
+    rows = quantization.gather_rows(kv_latent, topk_indices, query.dtype)
     return _attend(
       query, rows, topk_indices >= 0, scale=scale, value_dim=value_dim
     )
