@@ -3,6 +3,7 @@
 """Dense attention's statistics on Hopper GPUs, in two passes over the keys."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -22,12 +23,25 @@ _QUERIES = 8
 # what JAX asks of vectors that are stored to rows.
 _KEYS = 32
 _MOST_COLUMNS = 576
-# Thread blocks that share a stream: half the reads of the second-level cache,
-# whose bandwidth is the bound without.
-_MEMBERS = 2
-# Blocks of 128 keys that an item of the first pass streams: some more work
-# than loading its rows, and items enough to share out evenly.
-_SEGMENT = 32
+
+
+class Tiles(NamedTuple):
+  """What a sweep on a card decides.
+
+  Attributes:
+    members: thread blocks that share a stream: two halve the reads of the
+      second-level cache, whose bandwidth is the bound without.
+    segment: blocks of 128 keys that an item of the first pass streams: some
+      more work than loading its rows, and items enough to share out evenly.
+  """
+
+  members: int
+  segment: int
+
+
+# Hopper: the fastest that were tried on an H200 as the kernels were written;
+# `experiments.sweep_tiles` times others.
+TILES = Tiles(members=2, segment=32)
 
 
 def dense_mla_residuals(
@@ -37,6 +51,7 @@ def dense_mla_residuals(
   key_end: Int32[Array, "B T"],
   *,
   scale: float,
+  tiles: Tiles | None = None,
 ) -> tuple[Float32[Array, "B T N"], Float32[Array, "B T S"]]:
   """Log-sum-exp first, for the probabilities cannot be averaged without.
 
@@ -50,13 +65,17 @@ def dense_mla_residuals(
     key_start: first visible key of each query.
     key_end: one past the last.
     scale: factor on the logits.
+    tiles: for a sweep; None: `TILES`.
 
   Raises:
     NotImplementedError: the chip, dtype or width.
   """
   chip = _check(query, kv_latent)
   num_queries, num_keys = query.shape[1], kv_latent.shape[1]
-  grid = mosaic_gpu_stream.Grid(chip.num_multiprocessors // _MEMBERS, _MEMBERS)
+  tiles = tiles or TILES
+  grid = mosaic_gpu_stream.Grid(
+    chip.num_multiprocessors // tiles.members, tiles.members
+  )
   # Padding is behind every key_end, and a query that pads sees no key.
   key_start, key_end = (jnp.clip(x, 0, num_keys) for x in (key_start, key_end))
   least_queries = max(_ROWS, -(-grid.rows // query.shape[2]))
@@ -71,7 +90,7 @@ def dense_mla_residuals(
   arrays = (query, kv_latent, key_start, key_end)
   # Powers of two are what the chip computes.
   settings = {"scale": scale * math.log2(math.e), "grid": grid}
-  log2_sums = _log2_sums(*arrays, **settings)
+  log2_sums = _log2_sums(*arrays, **settings, segment=tiles.segment)
   probs = _mean_probs(*arrays, log2_sums, **settings)
   return (
     log2_sums[:, :num_queries] * math.log(2),
@@ -93,7 +112,7 @@ def _check(query, kv_latent) -> chip_lib.Chip:
   return chip
 
 
-def _log2_sums(query, kv_latent, key_start, key_end, *, scale, grid):
+def _log2_sums(query, kv_latent, key_start, key_end, *, scale, grid, segment):
   batch, num_queries, heads, width = query.shape
   rows = query.reshape(batch, num_queries * heads, width)
   start, end = (
@@ -110,7 +129,7 @@ def _log2_sums(query, kv_latent, key_start, key_end, *, scale, grid):
   bounds = mosaic_gpu_sums.Bounds(
     blocks.first, blocks.first + jnp.diff(blocks.offset)
   )
-  segments = mosaic_gpu_sums.segments(bounds, _SEGMENT)
+  segments = mosaic_gpu_sums.segments(bounds, segment)
   sums = mosaic_gpu_sums.log2_sums(
     rows,
     kv_latent,
@@ -119,7 +138,7 @@ def _log2_sums(query, kv_latent, key_start, key_end, *, scale, grid):
     segments,
     bounds,
     scale=scale,
-    segment=_SEGMENT,
+    segment=segment,
     grid=grid,
   )
   sums = _joined(sums, segments, grid.rows)

@@ -34,9 +34,14 @@ _HEADS = 8
 # Queries times heads that stay in shared memory while keys stream past.
 _MOST_COLUMNS = 256
 _MOST_STAGES = 16
-# Thread blocks that share their queries: half the reads of the second-level
-# cache and the power for them, 2 to 4% of time on an H200.
-_MEMBERS = 2
+# Hopper: the fastest that were tried on an H200 as the kernels were written;
+# `experiments.sweep_tiles` times others. 0 stages are as many as the shared
+# memory fits. Two thread blocks that share their queries halve the reads of the
+# second-level cache and the power for them, 2 to 4% of time.
+MANY_QUERIES = mosaic_gpu_kernel.Tiles(
+  warpgroups=3, keys=128, stages=0, members=2
+)
+FEW_QUERIES = mosaic_gpu_decode_kernel.Tiles(warpgroups=4, stages=0)
 # A chunk's scores may fill as many of `chunking.CHUNK_BYTES`, 512 MiB: they are
 # its only large array, and it takes a thousand queries to keep the GPU busy.
 _CHUNKS_TOGETHER = 4
@@ -49,6 +54,8 @@ def indexer_scores(
   key_start: Int32[Array, "B T"],
   key_end: Int32[Array, "B T"],
   key_scale: Float32[Array, "B S"] | None = None,
+  *,
+  tiles: mosaic_gpu_kernel.Tiles | mosaic_gpu_decode_kernel.Tiles | None = None,
 ) -> Float32[Array, "B T S"]:
   """Scores of a chunk of queries; the backward pass is the reference's.
 
@@ -63,6 +70,7 @@ def indexer_scores(
     key_start: first visible key of each query.
     key_end: one past the last.
     key_scale: factor of each key's scores; its gradient is 0.
+    tiles: for a sweep; None: those of the number of queries.
 
   Raises:
     NotImplementedError: the chip, dtype or head dim.
@@ -70,7 +78,7 @@ def indexer_scores(
   chip = _check(index_q, index_k)
 
   def scores(index_q, index_k, *others):
-    padded = _scores(index_q, index_k, *others, chip=chip)
+    padded = _scores(index_q, index_k, *others, chip=chip, tiles=tiles)
     return padded[:, : index_q.shape[1], : index_k.shape[1]]
 
   return reference.with_gradient(scores)(
@@ -145,7 +153,7 @@ def _scores(
   dim = next(dim for dim in _DIMS if dim >= index_q.shape[-1])
   index_q, index_k = (_pad(x, -1, to=dim) for x in (index_q, index_k))
   row_bytes = dim * index_q.dtype.itemsize
-  tiles = tiles or _tiles(*index_q.shape[1:3], row_bytes)
+  tiles = _tiles(*index_q.shape[1:3], row_bytes, tiles)
   num_keys = max(_round_up(index_k.shape[1], _KEYS), tiles.width)
   # Padding is behind every `key_end`.
   key_start, key_end = (
@@ -163,16 +171,15 @@ def _scores(
   )  # fmt: skip
 
 
-def _tiles(num_queries, heads, row_bytes):
-  """Tiles that fill the shared memory."""
+def _tiles(num_queries, heads, row_bytes, tiles=None):
+  """The given tiles, or those of the shape; with stages."""
   rows = num_queries * _round_up(heads, _HEADS)
-  if rows <= _MOST_COLUMNS:
-    tiles = mosaic_gpu_decode_kernel.Tiles(warpgroups=4, stages=0)
+  tiles = tiles or (FEW_QUERIES if rows <= _MOST_COLUMNS else MANY_QUERIES)
+  if tiles.stages:
+    return tiles
+  if isinstance(tiles, mosaic_gpu_decode_kernel.Tiles):
     stages = _stages(rows * row_bytes, tiles.width * row_bytes)
     return tiles._replace(stages=stages)
-  tiles = mosaic_gpu_kernel.Tiles(
-    warpgroups=3, keys=128, stages=0, members=_MEMBERS
-  )
   stages = _stages(
     tiles.block_width * row_bytes, mosaic_gpu_kernel.QUERIES * row_bytes
   )

@@ -8,6 +8,8 @@ keep the order of the indices, so ties still go to the lower.
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +23,51 @@ from pallas_kernels.topk.mosaic_gpu_kernel import Block, Plan, Shared
 from pallas_kernels.topk.mosaic_gpu_kernel_source import Parts
 
 _WARPGROUP = 128
-# Two blocks of 256 threads share a multiprocessor; where there are not so many
-# rows, one of 512 has it alone.
-_NUM_THREADS = 256
-_FEW_ROWS_THREADS = 512
-_CHUNKS = 4
-_DRAINED_CHUNKS = 2
 _MAX_K = 8192
 # The buffer's limit is twice k, but at least and at most so much more than k.
 _MORE_THAN_K = (512, 4096)
-# Segments no shorter: a block's fixed work is that of reading some thousand.
-_MIN_SEGMENT = 8192
+
+
+class Tiles(NamedTuple):
+  """What a sweep on a card decides.
+
+  Attributes:
+    num_threads: of a block.
+    chunks: loads of a thread in one tile.
+    drained_chunks: what a thread takes from the queue at once.
+    min_segment: scores of the shortest segment.
+    sample_chunks: loads of a thread for the sample; the first whose keys are
+      no fewer than a row's.
+  """
+
+  num_threads: int
+  chunks: int
+  drained_chunks: int
+  min_segment: int
+  sample_chunks: tuple[tuple[float, int], ...]
+
+
+# Hopper: the fastest that were tried on an H200 as the kernel was written;
+# `experiments.sweep_tiles` times others. Two blocks of 256 threads share a
+# multiprocessor; where there are not so many rows, one of 512 has it alone. A
+# block's fixed work is that of reading some thousand scores. A chunk of the
+# sample costs about 1.5 us; too few let too many pass.
+MANY_ROWS = Tiles(
+  num_threads=256,
+  chunks=4,
+  drained_chunks=2,
+  min_segment=8192,
+  sample_chunks=((1 << 16, 1), (1 << 18, 2), (math.inf, 4)),
+)
+FEW_ROWS = MANY_ROWS._replace(num_threads=512)
 
 
 def top_k(
   scores: Float32[Array, "*B S"],
   k: int,
   lengths: Int32[Array, "*B"] | None = None,
+  *,
+  tiles: Tiles | None = None,
 ) -> Int32[Array, "*B {k}"]:
   """Runs the kernel on rows of any number and length.
 
@@ -45,6 +75,7 @@ def top_k(
     scores: any float32 values.
     k: indices wanted a row, at most 8192.
     lengths: only the first `lengths` scores of a row count.
+    tiles: for a sweep; None: those of the rows' number.
 
   Raises:
     NotImplementedError: no Hopper GPU, or k too large.
@@ -60,7 +91,7 @@ def top_k(
   if lengths is not None:
     inputs.append(jnp.clip(lengths.reshape(-1), 0, num_keys))
   num_rows = scores.shape[0]
-  plan = plan_of(num_rows, num_keys, k, multiprocessors)
+  plan = plan_of(num_rows, num_keys, k, multiprocessors, tiles)
   indices = jax.ShapeDtypeStruct((num_rows, k), jnp.int32)
   if plan.num_segments > 1:
     shape = (num_rows, plan.num_segments, source.width(k))
@@ -74,22 +105,29 @@ def top_k(
   return found.reshape(*batch, k)
 
 
-def plan_of(num_rows: int, num_keys: int, k: int, multiprocessors: int) -> Plan:
+def plan_of(
+  num_rows: int,
+  num_keys: int,
+  k: int,
+  multiprocessors: int,
+  tiles: Tiles | None = None,
+) -> Plan:
   """The sizes for some rows of `num_keys`."""
-  has_few_rows = num_rows <= multiprocessors
-  num_threads = _FEW_ROWS_THREADS if has_few_rows else _NUM_THREADS
-  most = min(num_keys // _MIN_SEGMENT, num_threads)
+  if tiles is None:
+    tiles = FEW_ROWS if num_rows <= multiprocessors else MANY_ROWS
+  most = min(num_keys // tiles.min_segment, tiles.num_threads)
   least, greatest = _MORE_THAN_K
   return Plan(
     k=k,
     num_keys=num_keys,
     num_segments=max(1, min(multiprocessors // max(num_rows, 1), most)),
-    num_threads=num_threads,
-    chunks=_CHUNKS,
-    # A chunk of each thread costs about 1.5 us; too few let too many pass.
-    sample_chunks=1 if num_keys <= 1 << 16 else 2 if num_keys <= 1 << 18 else 4,
-    drained_chunks=_DRAINED_CHUNKS,
-    queue=2 * num_threads * _CHUNKS,
+    num_threads=tiles.num_threads,
+    chunks=tiles.chunks,
+    sample_chunks=next(
+      n for keys, n in tiles.sample_chunks if num_keys <= keys
+    ),
+    drained_chunks=tiles.drained_chunks,
+    queue=2 * tiles.num_threads * tiles.chunks,
     limit=source.width(k) + source.width(min(max(k, least), greatest)),
   )
 

@@ -16,6 +16,7 @@ OPS = (
   "sparse_mla",
   "sparse_mla_backward",
   "grouped",
+  "expert_mlp",
 )
 
 

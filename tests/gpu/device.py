@@ -1,14 +1,39 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a device test can run here; children that may hang."""
+"""What device tests share: whether they can run, how they report.
 
+Also their children: a kernel may hang, and takes its process with it.
+"""
+
+import contextlib
+import dataclasses
 import os
+import pathlib
+import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 import unittest
+from collections.abc import Iterable, Mapping
+
+from absl.testing import absltest
 
 from pallas_kernels.hopper import chip
+
+_RULE = "=" * 70
+_FAILURE = re.compile(
+  rf"^{_RULE}\n((?:FAIL|ERROR): [^\n]*)\n(?:[^-=][^\n]*\n)*-{{70}}\n(.*?)"
+  r"(?=^(?:=|-){70}$|\Z)",
+  re.MULTILINE | re.DOTALL,
+)
+_CASES = re.compile(r"^cases: (\d+)$", re.MULTILINE)
+# Of a failure, and of the output of a child that did not get as far.
+_LINES_A_FAILURE = 12
+_LAST_LINES = 15
+
+_num_cases = 0
 
 
 def require_hopper():
@@ -19,48 +44,215 @@ def require_hopper():
     raise unittest.SkipTest(str(reason)) from None
 
 
-def run_child(name: str, *arguments: str, timeout: int) -> tuple[bool, str]:
-  """Runs a module in a child process under a watchdog.
+def count_cases(number: int):
+  """Adds to the generated cases that `main` counts at its end."""
+  global _num_cases
+  _num_cases += number
 
-  A kernel whose barrier is wrong hangs, and holds its process.
 
-  Args:
-    name: for the line.
-    *arguments: of Python.
-    timeout: seconds, after which the child is killed.
+def main():
+  """Runs a module's tests; tells each failure at once, not at the end.
 
-  Returns:
-    Whether it succeeded, and a line that says so with the end of its output.
-    The whole output of a child that failed is printed.
+  A later kernel may hang, and what stands at the end is never printed then.
   """
-  begin = time.monotonic()
-  flags = os.environ.get("XLA_FLAGS", "")
-  process = subprocess.Popen(
-    [sys.executable, *arguments],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env={
-      **os.environ,
-      # Several children share the GPU's memory.
-      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-      # The references' speed is not their matter, and trying XLA's products
-      # out takes longer than all else.
-      "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",
-    },
+  runner = unittest.TextTestRunner(
+    sys.stdout, verbosity=2, resultclass=_PromptResult
   )
   try:
-    output, _ = process.communicate(timeout=timeout)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    output, _ = process.communicate()
-    output += f"\nhung: killed after {timeout} s"
-  passed = process.returncode == 0
-  if not passed:
-    print(output, flush=True)
-  end = "; ".join([x for x in output.splitlines() if x.strip()][-2:])
-  seconds = time.monotonic() - begin
-  return (
-    passed,
-    f"{'passed' if passed else 'FAILED'} {name} {seconds:.0f}s: {end}",
+    absltest.main(testRunner=runner)
+  finally:
+    print(f"cases: {_num_cases}", flush=True)
+
+
+class _PromptResult(unittest.TextTestResult):
+  """Prints a failure where it happens, and the seconds of each test."""
+
+  def getDescription(self, test):
+    return str(test)
+
+  def startTest(self, test):
+    self._begin = time.monotonic()
+    super().startTest(test)
+
+  def stopTest(self, test):
+    super().stopTest(test)
+    self._tell(f"  {time.monotonic() - self._begin:.1f}s")
+
+  def addError(self, test, err):
+    super().addError(test, err)
+    self._tell_failure("ERROR", test, err)
+
+  def addFailure(self, test, err):
+    super().addFailure(test, err)
+    self._tell_failure("FAIL", test, err)
+
+  def addSubTest(self, test, subtest, err):
+    super().addSubTest(test, subtest, err)
+    if err is not None:
+      is_failure = issubclass(err[0], test.failureException)
+      self._tell_failure("FAIL" if is_failure else "ERROR", subtest, err)
+
+  def printErrors(self):
+    """Nothing: each was told."""
+
+  def _tell_failure(self, word, test, err):
+    text = "".join(traceback.format_exception(*err))
+    self._tell(f"\n{_RULE}\n{word}: {test}\n{'-' * 70}\n{text}{_RULE}")
+
+  def _tell(self, text):
+    self.stream.writeln(text)
+    self.stream.flush()
+
+
+def failures(output: str) -> list[str]:
+  """Each failed test's name and what was wrong, from a module's output.
+
+  Args:
+    output: of `main` or of `absltest.main`.
+
+  Returns:
+    A few lines a failure: its name, the exception and the line that raised it.
+  """
+  return [
+    _excerpt(name, text)
+    for name, text in dict(_FAILURE.findall(output)).items()
+  ]
+
+
+def _excerpt(name, text):
+  lines = [line for line in text.splitlines() if line.strip()]
+  # The frames of a traceback are indented.
+  begin = next(
+    (
+      i
+      for i, line in enumerate(lines)
+      if not line.startswith((" ", "Traceback"))
+    ),
+    0,
   )
+  place = [line.strip() for line in lines[:begin] if "File " in line][-1:]
+  return "\n".join([name, *place, *lines[begin:][:_LINES_A_FAILURE]])
+
+
+def num_cases(output: str) -> int:
+  """Generated cases that a module's output counts."""
+  return sum(map(int, _CASES.findall(output)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Child:
+  """A child process that has ended.
+
+  Attributes:
+    name: of the child.
+    passed: whether it succeeded.
+    seconds: that it took.
+    output: all that it wrote.
+    fault: "", or what is to be said of its failure.
+  """
+
+  name: str
+  passed: bool
+  seconds: float
+  output: str
+  fault: str
+
+  @property
+  def line(self) -> str:
+    """One line: name, seconds, and the end of the output."""
+    word = "passed" if self.passed else "FAILED"
+    lines = [line for line in self.output.splitlines() if line.strip()]
+    return f"{word} {self.name} {self.seconds:.0f}s: {'; '.join(lines[-3:])}"
+
+
+def python(*arguments: str) -> list[str]:
+  """The command of this Python with arguments."""
+  return [sys.executable, *arguments]
+
+
+def run_child(
+  name: str,
+  command: list[str],
+  *,
+  timeout: float,
+  log_dir: pathlib.Path,
+  environment: Mapping[str, str] | None = None,
+) -> Child:
+  """Runs a command in a child process under a watchdog.
+
+  Args:
+    name: of the child, and of its log `<log_dir>/<name>.log`. What the child
+      writes is there at once: whoever kills this process loses nothing.
+    command: to run.
+    timeout: seconds, after which the child and its children are killed.
+    log_dir: made if it is missing.
+    environment: added to this process's.
+  """
+  log_dir.mkdir(parents=True, exist_ok=True)
+  log = log_dir / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}.log"
+  begin = time.monotonic()
+  flags = os.environ.get("XLA_FLAGS", "")
+  with log.open("w", encoding="utf-8") as file:
+    process = subprocess.Popen(
+      command,
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      env={
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        # Several children share the GPU's memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # The references' speed is not their matter, and trying XLA's products
+        # out takes longer than all else.
+        "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",
+        **(environment or {}),
+      },
+    )
+    try:
+      process.wait(timeout)
+      hung = []
+    except subprocess.TimeoutExpired:
+      _kill_tree(process.pid)
+      process.wait()
+      hung = [f"hung: killed after {timeout:g} s"]
+  output = log.read_text(encoding="utf-8", errors="replace")
+  passed = process.returncode == 0
+  return Child(
+    name=name,
+    passed=passed,
+    seconds=time.monotonic() - begin,
+    output=output,
+    fault="" if passed else _fault(output, process.returncode, hung),
+  )
+
+
+def _fault(output, exit_status, hung):
+  found = failures(output)
+  if hung or not found:
+    hung = hung or [f"exit status {exit_status}"]
+    found += ["\n".join(output.splitlines()[-_LAST_LINES:])]
+  return "\n".join(_indented([*hung, *found]))
+
+
+def _indented(texts: Iterable[str]):
+  for text in texts:
+    first, *others = text.splitlines() or [""]
+    yield "\n".join([f"  {first}", *(f"    {line}" for line in others)])
+
+
+def _kill_tree(pid):
+  """Kills a process and its descendants.
+
+  Not by a process group: what kills this process's group, as `timeout` does,
+  is to reach the children too.
+  """
+  children = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+  try:
+    descendants = children.read_text().split()
+  except OSError:
+    descendants = []
+  # It may have ended by itself.
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(pid, signal.SIGKILL)
+  for child in descendants:
+    _kill_tree(int(child))

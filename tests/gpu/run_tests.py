@@ -2,50 +2,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the device tests of every op on the GPU that is here.
 
-  python -m tests.gpu.run_tests [--ops=topk] [--log=FILE]
+  python -m tests.gpu.run_tests [--ops=topk] [--jobs=7] [--log=FILE]
 
-Each op runs in a child process under a watchdog.
+Each module runs in child processes under a watchdog; what they write is in
+`--output_dir` as it is written.
 """
 
 import concurrent.futures
 import datetime
-import importlib.util
 import pathlib
 import subprocess
 import sys
 
 from absl import app, flags
 
-from tests.gpu import cases, device
+from tests.gpu import device, sharding
 
-_OPS = flags.DEFINE_list("ops", list(cases.OPS), "Ops.")
+_OPS = flags.DEFINE_list("ops", list(sharding.TESTED), "Ops, and generation.")
 _JOBS = flags.DEFINE_integer(
-  "jobs", 1, "Ops tested at the same time.", lower_bound=1
+  "jobs", 1, "Processes at the same time.", lower_bound=1
 )
 _LOG = flags.DEFINE_string("log", "", "Also write the summary here.")
-_TIMEOUT = flags.DEFINE_integer("timeout", 900, "Seconds for one op.")
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir", "runs/test-gpu", "Where the output of each process goes."
+)
+_TIMEOUT = flags.DEFINE_integer("timeout", 900, "Seconds for one process.")
 
 _VERSIONS = """
-import jax, jaxlib
+import sys, jax, jaxlib
+from pallas_kernels.hopper import chip
 print(jax.devices()[0].device_kind, "jax", jax.__version__, "jaxlib",
       jaxlib.__version__, jax.devices()[0].client.platform_version)
+try:
+  chip.chip()
+except NotImplementedError as reason:
+  sys.exit(f"There is no GPU to test: {reason}")
 """
 
 
 def main(_):
+  chosen = sharding.shards(_OPS.value)
   lines = [
     f"python -m tests.gpu.run_tests, {datetime.date.today().isoformat()}",
-    " ".join(_output([sys.executable, "-c", _VERSIONS]).split()),
+    _versions(),
   ]
-  for op in _OPS.value:
-    if importlib.util.find_spec(_module(op)) is None:
-      raise ValueError(f"`--ops` must be among {cases.OPS}: got {op!r}.")
-  failed = 0
+  print(*lines, sep="\n", flush=True)
+  failed = num_cases = 0
   with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    for passed, line in pool.map(run, _OPS.value):
-      failed += not passed
-      lines.append(line)
-      print(line, flush=True)
+    futures = [pool.submit(run, shard) for shard in chosen]
+    for future in concurrent.futures.as_completed(futures):
+      child = future.result()
+      failed += not child.passed
+      num_cases += device.num_cases(child.output)
+      lines += [child.line, *child.fault.splitlines()]
+      print(child.line, child.fault, sep="\n" if child.fault else "")
+      sys.stdout.flush()
+  lines.append(
+    f"{len(chosen) - failed} processes passed, {failed} failed;"
+    f" {num_cases} generated cases"
+  )
+  print(lines[-1])
   if _LOG.value:
     path = pathlib.Path(_LOG.value)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,19 +69,32 @@ def main(_):
   sys.exit(failed > 0)
 
 
-def _module(op):
-  return f"tests.gpu.{op}_device_test"
+def run(shard: sharding.Shard) -> device.Child:
+  """Runs some tests in a child process."""
+  name = shard.module.removesuffix("_test")
+  if shard.total > 1:
+    name += f" {shard.index + 1} of {shard.total}"
+  return device.run_child(
+    name,
+    device.python("-m", f"tests.gpu.{shard.module}"),
+    timeout=_TIMEOUT.value,
+    log_dir=pathlib.Path(_OUTPUT_DIR.value),
+    # What `absltest.main` goes by.
+    environment={
+      "TEST_TOTAL_SHARDS": str(shard.total),
+      "TEST_SHARD_INDEX": str(shard.index),
+    },
+  )
 
 
-def run(op):
-  """Runs one op's tests; whether all passed, and a line."""
-  return device.run_child(op, "-m", _module(op), timeout=_TIMEOUT.value)
-
-
-def _output(command):
-  return subprocess.run(
-    command, check=True, capture_output=True, text=True
-  ).stdout
+def _versions():
+  """Card and versions, asked of a child: this process holds no GPU memory."""
+  child = subprocess.run(
+    device.python("-c", _VERSIONS), stdout=subprocess.PIPE, text=True
+  )
+  if child.returncode:
+    sys.exit(child.returncode)
+  return " ".join(child.stdout.split())
 
 
 if __name__ == "__main__":

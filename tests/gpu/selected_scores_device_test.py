@@ -2,14 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`selected_indexer_scores` and its gradients on the GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from absl.testing import absltest, parameterized
+import numpy as np
+from absl.testing import parameterized
 
-from tests.gpu import device
+import pallas_kernels
+from tests import tolerances
+from tests.gpu import device, float64, generated
+from tests.kernels import gradient_loops
 from tests.kernels import selected_scores_mosaic_gpu_test as shared
 
 _REPEATS = 20
+_ROUNDS = 4
 
 
 def setUpModule():
@@ -38,5 +45,53 @@ class SelectedScoresDeviceTest(shared.SelectedScoresTest):
       self.assertTrue(all(jax.tree.leaves(equal)), equal)
 
 
+@functools.partial(jax.jit, static_argnames=("implementation",))
+def scores_and_gradients(q, keys, weights, indices, grad, implementation):
+  out, vjp = jax.vjp(
+    lambda *args: pallas_kernels.selected_indexer_scores(
+      *args, indices, implementation=implementation
+    ),
+    *(q, keys, weights),
+  )
+  return out, vjp(grad)
+
+
+class SelectedScoresGeneratedTest(parameterized.TestCase):
+  IMPLEMENTATION = "mosaic_gpu"
+
+  @parameterized.parameters(
+    (2, 140, 32, 128, 700, 130),
+    (1, 140, 64, 128, 500, 256),
+    (3, 50, 8, 64, 300, 64),
+    (1, 133, 1, 64, 400, 100),
+    (1, 2, 20, 128, 20000, 2048),
+  )
+  def test_queries(self, batch, queries, heads, dim, num_keys, k):
+    rng = np.random.default_rng(num_keys + k)
+    tolerance = tolerances.tolerance("float32", dim * heads)
+    for _ in range(_ROUNDS):
+      q = generated.normal(rng, batch, queries, heads, dim)
+      keys = generated.normal(rng, batch, num_keys, dim)
+      weights = generated.normal(rng, batch, queries, heads, dtype=jnp.float32)
+      indices = generated.selections(rng, batch, queries, num_keys, k)
+      grad = generated.normal(rng, batch, queries, k, dtype=jnp.float32)
+      out, grads = scores_and_gradients(
+        q,
+        generated.poisoned(keys),
+        weights,
+        indices,
+        # That of no index counts for nothing.
+        jnp.where(indices < 0, jnp.nan, grad),
+        implementation=self.IMPLEMENTATION,
+      )
+      expected, wanted = float64.selected_scores(
+        q, keys, weights, indices, grad
+      )
+      np.testing.assert_allclose(out, expected, **tolerance)
+      for actual, want in zip(grads, wanted, strict=True):
+        self.assertLess(gradient_loops.relative_error(actual, want), 1e-2)
+      device.count_cases(batch * queries)
+
+
 if __name__ == "__main__":
-  absltest.main()
+  device.main()

@@ -9,170 +9,51 @@ compared with the first, bit by bit.
 """
 
 import concurrent.futures
+import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-import pallas_kernels as pk
-from tests.gpu import device
+from tests.gpu import calls, device
 
 _LAUNCHES = flags.DEFINE_integer("launches", 10000, "Of each call.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Calls at the same time.")
 _TIMEOUT = flags.DEFINE_integer("timeout", 300, "Seconds for one call.")
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir", "runs/soak", "Where the output of each child goes."
+)
 _CHILD = flags.DEFINE_string("child", "", "Internal: the call of a child.")
 _COMPARE_EVERY = 1000
 
 
-def _normal(seed, *shape, dtype=jnp.bfloat16):
-  return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def _indices(queries, num_keys, k):
-  rng = np.random.default_rng(0)
-  rows = [np.sort(rng.permutation(num_keys)[:k]) for _ in range(queries)]
-  indices = np.stack(rows).astype(np.int32)
-  indices[:, -k // 8 :] = -1
-  return jnp.asarray(indices)
-
-
-def _bounds(batch, queries, num_keys):
-  end = num_keys - queries + 1 + jnp.arange(queries, dtype=jnp.int32)
-  end = jnp.broadcast_to(end, (batch, queries))
-  return jnp.zeros_like(end), end
-
-
-def _top_k():
-  scores = _normal(0, 264, 20000, dtype=jnp.float32)
-  scores = scores.at[::2].set(jnp.round(scores[::2]))
-  return lambda x: pk.top_k(x, 512), (scores,)
-
-
-def _indexer(batch, queries, num_keys, dtype):
-  index_q, index_k = (
-    _normal(0, batch, queries, 32, 128),
-    _normal(1, batch, num_keys, 128),
-  )
-  weights = _normal(2, batch, queries, 32, dtype=jnp.float32)
-  return (
-    lambda *args: pk.indexer_topk(*args, k=512),
-    (
-      index_q.astype(dtype),
-      index_k.astype(dtype),
-      weights,
-      *_bounds(batch, queries, num_keys),
-    ),
-  )
-
-
-def _attend(query, kv_latent, indices):
-  return pk.sparse_mla(
-    query,
-    kv_latent,
-    indices,
-    scale=0.05,
-    value_dim=512,
-    return_residuals=True,
-  )
-
-
-def _sparse_mla(batch, queries, heads):
-  indices = _indices(batch * queries, 4096, 512)
-  return _attend, (
-    _normal(0, batch, queries, heads, 576),
-    _normal(1, batch, 4096, 576),
-    indices.reshape(batch, queries, -1),
-  )
-
-
-def _sparse_mla_backward():
-  _, (query, kv_latent, indices) = _sparse_mla(1, 132, 64)
-
-  def gradients(query, kv_latent, indices, grad):
-    _, vjp = jax.vjp(lambda *args: _attend(*args, indices)[0], query, kv_latent)
-    return vjp(grad)
-
-  return gradients, (query, kv_latent, indices, _normal(2, 1, 132, 64, 512))
-
-
-def _selected_scores():
-  indices = _indices(132, 4096, 512)[None]
-
-  def run(index_q, index_k, weights):
-    scores, vjp = jax.vjp(
-      lambda *args: pk.selected_indexer_scores(*args, indices),
-      index_q,
-      index_k,
-      weights,
-    )
-    return scores, vjp(jnp.ones_like(scores))[::2]
-
-  return run, (
-    _normal(0, 1, 132, 32, 128),
-    _normal(1, 1, 4096, 128),
-    _normal(2, 1, 132, 32, dtype=jnp.float32),
-  )
-
-
-def _dense_attention():
-  return lambda *args: pk.dense_mla_residuals(*args, scale=0.05), (
-    _normal(0, 1, 64, 20, 576),
-    _normal(1, 1, 2048, 576),
-    *_bounds(1, 64, 2048),
-  )
-
-
-def _grouped(num_rows):
-  sizes = np.bincount(
-    np.random.default_rng(0).integers(0, 16, num_rows), minlength=16
-  )
-  return pk.grouped_matmul, (
-    _normal(0, num_rows, 512),
-    _normal(1, 16, 512, 256),
-    jnp.asarray(sizes, jnp.int32),
-  )
-
-
-CALLS = {
-  "top_k": _top_k,
-  "indexer_topk prefill": lambda: _indexer(1, 256, 4096, jnp.bfloat16),
-  "indexer_topk prefill fp8": lambda: _indexer(1, 256, 4096, jnp.float8_e4m3fn),
-  "indexer_topk decode": lambda: _indexer(8, 1, 8192, jnp.bfloat16),
-  "sparse_mla prefill": lambda: _sparse_mla(1, 264, 64),
-  "sparse_mla 20 heads": lambda: _sparse_mla(1, 264, 20),
-  "sparse_mla decode": lambda: _sparse_mla(8, 1, 64),
-  "sparse_mla backward": _sparse_mla_backward,
-  "selected_indexer_scores": _selected_scores,
-  "dense_mla_residuals": _dense_attention,
-  "grouped_matmul": lambda: _grouped(300),
-  "grouped_matmul decode": lambda: _grouped(4),
-}
-_CALLS = flags.DEFINE_list("calls", list(CALLS), "Calls.")
+_CALLS = flags.DEFINE_list("calls", list(calls.CALLS), "Calls.")
 
 
 def main(_):
   if _CHILD.value:
-    soak(*CALLS[_CHILD.value](), _LAUNCHES.value)
+    soak(*calls.CALLS[_CHILD.value](), _LAUNCHES.value)
     return
-  unknown = [name for name in _CALLS.value if name not in CALLS]
-  if unknown:
-    raise ValueError(f"`--calls` must be among {list(CALLS)}: got {unknown}.")
+  calls.check(_CALLS.value)
 
   def run(name):
     return device.run_child(
       name,
-      *("-m", "tests.gpu.soak", f"--child={name}"),
-      f"--launches={_LAUNCHES.value}",
+      device.python(
+        *("-m", "tests.gpu.soak", f"--child={name}"),
+        f"--launches={_LAUNCHES.value}",
+      ),
       timeout=_TIMEOUT.value,
+      log_dir=pathlib.Path(_OUTPUT_DIR.value),
     )
 
   failed = 0
   with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    for passed, line in pool.map(run, _CALLS.value):
-      failed += not passed
-      print(line, flush=True)
+    for child in pool.map(run, _CALLS.value):
+      failed += not child.passed
+      print(child.line, child.fault, sep="\n" if child.fault else "")
+      sys.stdout.flush()
   sys.exit(failed > 0)
 
 

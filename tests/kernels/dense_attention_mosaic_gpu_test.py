@@ -17,6 +17,8 @@ from tests.kernels import dense_attention_test
 
 # Blocks that run in turn, as few as show that they share the work.
 _CHIP = chip.Chip("H200", 3)
+_TILES = mosaic_gpu.TILES._replace(members=1)
+_SHORT = _TILES._replace(segment=2)
 
 
 class _Interpreted:
@@ -26,7 +28,7 @@ class _Interpreted:
     super().setUp()
     for context in (
       mock.patch.object(chip, "chip", return_value=_CHIP),
-      mock.patch.object(mosaic_gpu, "_MEMBERS", 1),
+      mock.patch.object(mosaic_gpu, "TILES", _TILES),
       plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):
       self.enter_context(context)
@@ -62,7 +64,7 @@ class MosaicGpuBlocksTest(_Interpreted, parameterized.TestCase):
 
   @parameterized.parameters((128, 512, 2), (150, 500, 3))
   def test_equals_a_float64_loop(self, queries, keys, heads):
-    with mock.patch.object(mosaic_gpu, "_SEGMENT", 2):
+    with mock.patch.object(mosaic_gpu, "TILES", _SHORT):
       self.check(self.inputs(queries, keys, heads))
 
   def test_finds_no_race(self):
@@ -70,7 +72,7 @@ class MosaicGpuBlocksTest(_Interpreted, parameterized.TestCase):
     params = plgpu.InterpretGPUParams(detect_races=True)
     with (
       plgpu.force_gpu_interpret_mode(params),
-      mock.patch.object(mosaic_gpu, "_SEGMENT", 2),
+      mock.patch.object(mosaic_gpu, "TILES", _SHORT),
     ):
       self.check(self.inputs(128, 512, 2))
 

@@ -45,7 +45,9 @@ class _Interpreted:
     super().setUp()
     for context in (
       mock.patch.object(chip, "chip", return_value=_CHIP),
-      mock.patch.object(mosaic_gpu, "_MEMBERS", 1),
+      mock.patch.object(
+        mosaic_gpu, "MANY_QUERIES", mosaic_gpu.MANY_QUERIES._replace(members=1)
+      ),
       mock.patch.object(mosaic_gpu.topk_gpu, "top_k", _greedy_top_k),
       plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

@@ -1,5 +1,7 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,12 +41,23 @@ class IndexerTest(parameterized.TestCase):
   def inputs(self, shape, **kwargs):
     return inputs(shape, self.DTYPE, **kwargs)
 
-  def run_op(self, op, *args, **kwargs):
-    kwargs = {"implementation": self.IMPLEMENTATION} | kwargs
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    # Of a class, whose tests all patch the same. A GPU kernel takes seconds to
+    # compile.
+    cls.jitted = staticmethod(functools.cache(cls.jit))
+
+  @classmethod
+  def jit(cls, op, **kwargs):
+    kwargs = {"implementation": cls.IMPLEMENTATION} | kwargs
     return jax.jit(
       lambda *args: op(*args, **kwargs),
-      compiler_options=self.COMPILER_OPTIONS,
-    )(*args)
+      compiler_options=cls.COMPILER_OPTIONS,
+    )
+
+  def run_op(self, op, *args, **kwargs):
+    return self.jitted(op, **kwargs)(*args)
 
   def topk(self, args, k):
     return np.asarray(self.run_op(pallas_kernels.indexer_topk, *args, k=k))
@@ -96,18 +109,18 @@ class IndexerTest(parameterized.TestCase):
     )
 
   def test_segments(self):
-    q, k, w, _, end = self.inputs((1, 24, 24, 16, 8))
-    start = jnp.asarray([[0] * 9 + [9] * 2 + [11] * 13], jnp.int32)
-    self.check_selection((q, k, w, start, end), 6)
+    q, k, w, _, end = self.inputs(shapes.SHAPES["tiny"])
+    start = jnp.asarray([[0] * 5 + [29] * 2 + [31] * 6] * 2, jnp.int32)
+    self.check_selection((q, k, w, start, end), 8)
 
   def test_queries_without_keys(self):
-    args = self.inputs((2, 12, 20, 16, 8), offset=-5)
-    self.check_selection(args, 4)
-    np.testing.assert_array_equal(self.topk(args, 4)[:, :5], -1)
+    args = self.inputs(shapes.SHAPES["tiny"], offset=-5)
+    self.check_selection(args, 8)
+    np.testing.assert_array_equal(self.topk(args, 8)[:, :5], -1)
 
   def test_all_masked(self):
-    q, k, w, _, end = self.inputs((1, 5, 9, 16, 8))
-    np.testing.assert_array_equal(self.topk((q, k, w, end, end), 3), -1)
+    q, k, w, _, end = self.inputs(shapes.SHAPES["tiny"])
+    np.testing.assert_array_equal(self.topk((q, k, w, end, end), 8), -1)
 
   def test_a_start_behind_the_end_leaves_no_key(self):
     q, k, w, start, end = self.inputs((2, 5, 200, 16, 8))
@@ -135,8 +148,8 @@ class IndexerTest(parameterized.TestCase):
     np.testing.assert_array_equal(chosen[0, 0], np.arange(7))
 
   def test_nan_in_unseen_keys_touches_nothing(self):
-    q, k, w, start, end = self.inputs((1, 6, 16, 16, 8), offset=2)
-    poisoned = k.at[:, 8:].set(jnp.nan)
+    q, k, w, start, end = self.inputs(shapes.SHAPES["tiny"], offset=2)
+    poisoned = k.at[:, int(end.max()) :].set(jnp.nan)
 
     def loss(q, k, w):
       scores = pallas_kernels.indexer_scores(
@@ -144,12 +157,12 @@ class IndexerTest(parameterized.TestCase):
       )
       return jnp.sum(jnp.where(scores > -jnp.inf, scores, 0.0) ** 2)
 
-    clean = jax.jit(jax.value_and_grad(loss, (0, 2)))(q, k, w)
-    dirty = jax.jit(jax.value_and_grad(loss, (0, 2)))(q, poisoned, w)
+    run = jax.jit(jax.value_and_grad(loss, (0, 2)))
+    clean, dirty = run(q, k, w), run(q, poisoned, w)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     np.testing.assert_array_equal(
-      self.topk((q, k, w, start, end), 4),
-      self.topk((q, poisoned, w, start, end), 4),
+      self.topk((q, k, w, start, end), 8),
+      self.topk((q, poisoned, w, start, end), 8),
     )
 
   def test_chunks_change_no_index(self):
@@ -158,22 +171,19 @@ class IndexerTest(parameterized.TestCase):
     original = chunking.CHUNK_BYTES
     self.addCleanup(setattr, chunking, "CHUNK_BYTES", original)
     chunking.CHUNK_BYTES = 4 * 2 * 64 * 5
+    self.jitted.cache_clear()
+    self.addCleanup(self.jitted.cache_clear)
     np.testing.assert_array_equal(self.topk(args, 9), whole)
 
   def test_run_to_run_bit_equal(self):
     args = self.inputs(shapes.SHAPES["tiny"])
-    run = jax.jit(
-      lambda *args: pallas_kernels.indexer_topk(
-        *args, k=8, implementation=self.IMPLEMENTATION
-      ),
-      compiler_options=self.COMPILER_OPTIONS,
-    )
+    run = self.jitted(pallas_kernels.indexer_topk, k=8)
     first = np.asarray(run(*args))
     for _ in range(3):
       np.testing.assert_array_equal(run(*args), first)
 
   def test_selected_scores_are_those_of_all_keys(self):
-    args = self.inputs((2, 13, 40, 16, 16), offset=3)
+    args = self.inputs(shapes.SHAPES["tiny"], offset=3)
     indices = self.topk(args, 8)
     actual = self.run_op(
       pallas_kernels.selected_indexer_scores,
@@ -217,29 +227,22 @@ class IndexerTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, **tolerance)
 
   def test_selection_has_no_gradient(self):
-    args = self.inputs((1, 4, 10, 16, 8))
+    args = self.inputs(shapes.SHAPES["tiny"])
 
     def loss(q):
       indices = pallas_kernels.indexer_topk(
-        q, *args[1:], k=3, implementation=self.IMPLEMENTATION
+        q, *args[1:], k=8, implementation=self.IMPLEMENTATION
       )
       return jnp.sum(indices.astype(jnp.float32)) + jnp.sum(q)
 
-    np.testing.assert_array_equal(jax.grad(loss)(args[0]), 1.0)
+    grad = jax.jit(jax.grad(loss), compiler_options=self.COMPILER_OPTIONS)
+    np.testing.assert_array_equal(grad(args[0]), 1.0)
 
   def test_holds_no_array_of_queries_by_keys(self):
     shape = (1, 1 << 14, 1 << 14, 16, 8)
     args = jax.eval_shape(lambda: self.inputs((*shape,)))
-    compiled = (
-      jax.jit(
-        lambda *args: pallas_kernels.indexer_topk(
-          *args, k=8, implementation=self.IMPLEMENTATION
-        ),
-        compiler_options=self.COMPILER_OPTIONS,
-      )
-      .lower(*args)
-      .compile()
-    )
+    run = self.jitted(pallas_kernels.indexer_topk, k=8)
+    compiled = run.lower(*args).compile()
     # One float32 array of T x S is 1 GiB.
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 0.75 * 2**30)
 
@@ -299,6 +302,16 @@ class KeyScaleTest(parameterized.TestCase):
   def tolerance(self):
     return tolerances.tolerance("float32", 32 * 16)
 
+  def run_op(self, op, args, scale, **kwargs):
+    return jax.jit(
+      lambda *args, scale: op(
+        *args,
+        key_scale=scale,
+        implementation=self.IMPLEMENTATION,
+        **kwargs,
+      )
+    )(*args, scale=scale)
+
   def arguments(self, shape=(2, 13, 40, 16, 32)):
     """Arguments, and the same without scales."""
     q, k, w, start, end = inputs(shape, offset=20)
@@ -309,9 +322,7 @@ class KeyScaleTest(parameterized.TestCase):
 
   def test_scales_scores(self):
     args, scale, widened = self.arguments()
-    actual = pallas_kernels.indexer_scores(
-      *args, key_scale=scale, implementation=self.IMPLEMENTATION
-    )
+    actual = self.run_op(pallas_kernels.indexer_scores, args, scale)
     np.testing.assert_allclose(
       actual, loops.indexer_scores(*widened), **self.tolerance()
     )
@@ -321,10 +332,9 @@ class KeyScaleTest(parameterized.TestCase):
     # Every score is positive, so the five largest scales win.
     q, k, w = jnp.abs(q), jnp.ones_like(k), jnp.ones_like(w)
     start, end = jnp.zeros_like(start), jnp.full_like(end, k.shape[1])
-    chosen = pallas_kernels.indexer_topk(
-      q, k, w, start, end, k=5, key_scale=scale,
-      implementation=self.IMPLEMENTATION,
-    )  # fmt: skip
+    chosen = self.run_op(
+      pallas_kernels.indexer_topk, (q, k, w, start, end), scale, k=5
+    )
     for b in range(2):
       want = np.sort(np.argsort(-np.asarray(scale[b]))[:5])
       np.testing.assert_array_equal(chosen[b], np.tile(want, (13, 1)))

@@ -63,12 +63,17 @@ class EmulatedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.patch(mosaic_gpu, "_launch", emulate(seed=0))
-    self.patch(mosaic_gpu, "_FEW_ROWS_THREADS", 64)
-    self.patch(mosaic_gpu, "_CHUNKS", 1)
-    self.patch(mosaic_gpu, "_DRAINED_CHUNKS", 1)
+    self.patch_tiles(
+      num_threads=64,
+      chunks=1,
+      drained_chunks=1,
+      min_segment=self.MIN_SEGMENT,
+    )
     self.patch(mosaic_gpu, "_MORE_THAN_K", (16, 128))
-    self.patch(mosaic_gpu, "_MIN_SEGMENT", self.MIN_SEGMENT)
     self.patch(chip, "chip", lambda: chip.Chip("NVIDIA H200", 132))
+
+  def patch_tiles(self, **sizes):
+    self.patch(mosaic_gpu, "FEW_ROWS", mosaic_gpu.FEW_ROWS._replace(**sizes))
 
   def patch(self, target, name, value):
     self.enter_context(mock.patch.object(target, name, value))
@@ -103,9 +108,7 @@ class MosaicGpuRowsTest(EmulatedTest):
 
   @parameterized.parameters(*_SOME_KINDS)
   def test_more_chunks_a_tile(self, kind):
-    self.patch(mosaic_gpu, "_CHUNKS", 4)
-    self.patch(mosaic_gpu, "_DRAINED_CHUNKS", 2)
-    self.patch(mosaic_gpu, "_FEW_ROWS_THREADS", 128)
+    self.patch_tiles(num_threads=128, chunks=4, drained_chunks=2)
     self.check(topk_rows.draw(kind, (1, 9003), seed=1), 300, [9001])
 
   @parameterized.parameters(1, 2, 3)
