@@ -15,6 +15,7 @@ from indexcache_jax import config as config_lib
 from indexcache_jax import dense_mla, linear, norms, rope, types
 from indexcache_jax import indexer as indexer_lib
 from pallas_kernels import numerics
+from pallas_kernels.sparse_attention import mosaic_tpu_packed
 
 AttentionKind = Literal["sparse", "dense"]
 
@@ -25,6 +26,10 @@ indexer_topk = jax.jit(
 )
 sparse_mla = jax.jit(
   pallas_kernels.sparse_mla,
+  static_argnames=("scale", "value_dim", "implementation"),
+)
+sparse_mla_packed = jax.jit(
+  mosaic_tpu_packed.sparse_mla_packed,
   static_argnames=("scale", "value_dim", "implementation"),
 )
 
@@ -85,21 +90,22 @@ class IndexState(NamedTuple):
     topk_indices: its selection; None in a dense pass.
     index_q: its indexer's queries, which the distillation loss scores again;
       this and the next two are None under a run-time schedule.
-    index_k: its indexer's keys.
+    index_k: its indexer's keys; with a cache of 8-bit keys, the new ones.
     index_weights: its indexer's head weights.
   """
 
   topk_indices: types.TopkIndices | None
   index_q: Float[Array, "B T I D"] | None = None
-  index_k: types.IndexKeys | None = None
+  index_k: types.IndexKeys | Float[Array, "B T D"] | None = None
   index_weights: Float32[Array, "B T I"] | None = None
 
 
 class LayerCache(NamedTuple):
   """One layer's rows of the cache; a shared layer has no index keys."""
 
-  kv_latent: types.KVLatent
+  kv_latent: types.KVLatent | cache_lib.PackedLatent
   index_keys: types.IndexKeys | None
+  index_key_scales: Float32[Array, "B S"] | None = None
 
 
 class AttentionInputs(NamedTuple):
@@ -149,10 +155,10 @@ class SparseMLA(nn.Module):
     )
     kv_latent = self._kv_latent(hidden, context.rotary)
     if cache is not None:
-      kv_latent = cache_lib.write_rows(
+      kv_latent = cache_lib.write_latents(
         cache.kv_latent, kv_latent, context.cache_positions
       )
-    index, index_keys = self._index_state(
+    index, keys = self._index_state(
       hidden, query_latent, context, index, cache, is_full, kind
     )
     key_up, value_up = self._up_projections()
@@ -168,8 +174,9 @@ class SparseMLA(nn.Module):
       cfg, cfg.hidden_size, "o_proj", use_bias=cfg.attention_bias
     )(heads.reshape(*heads.shape[:2], -1))
     if cache is not None:
-      cache = LayerCache(kv_latent, index_keys)
-    return output, index, cache, AttentionInputs(query, kv_latent)
+      cache = LayerCache(kv_latent, *keys)
+    inputs = AttentionInputs(query, cache_lib.plain_latents(kv_latent))
+    return output, index, cache, inputs
 
   def _norm(self, name):
     cfg = self.config
@@ -220,9 +227,14 @@ class SparseMLA(nn.Module):
     kwargs = {"scale": cfg.attention_scale, "value_dim": cfg.kv_lora_rank}
     if kind == "dense":
       return dense_mla.dense_mla(
-        query, kv_latent, context.key_start, context.key_end, **kwargs
+        query,
+        cache_lib.plain_latents(kv_latent),
+        context.key_start,
+        context.key_end,
+        **kwargs,
       )
-    return sparse_mla(
+    is_packed = isinstance(kv_latent, cache_lib.PackedLatent)
+    return (sparse_mla_packed if is_packed else sparse_mla)(
       query,
       kv_latent,
       index.topk_indices,
@@ -233,48 +245,56 @@ class SparseMLA(nn.Module):
   def _index_state(
     self, hidden, query_latent, context, index, cache, is_full, kind
   ):
-    """This layer's own or its source's state, and its index keys."""
+    """This layer's own or its source's state; its keys and their scales."""
     if is_full is False:
-      return index, None
+      return index, (None, None)
     cfg = self.config
     indexer = indexer_lib.Indexer(cfg, name="indexer")
 
     def select(indexer, hidden, query_latent):
       outputs = indexer(hidden, query_latent, context.rotary)
-      keys = outputs.index_k
+      scored = indexer_lib.score_inputs(outputs, cfg)
+      keys, scales = scored.index_k, scored.key_scale
       if cache is not None:
         keys = cache_lib.write_rows(
           cache.index_keys, keys, context.cache_positions
         )
+        if scales is not None:
+          scales = cache_lib.write_rows(
+            cache.index_key_scales, scales, context.cache_positions
+          )
       topk_indices = None
       if kind == "sparse":
         topk_indices = indexer_topk(
-          outputs.index_q,
+          scored.index_q,
           keys,
-          outputs.index_weights,
+          scored.index_weights,
           context.key_start,
           context.key_end,
           k=cfg.index_topk,
+          key_scale=scales,
           implementation=cfg.implementation,
         )
-      return IndexState(
-        topk_indices, outputs.index_q, keys, outputs.index_weights
+      # The distillation loss takes them as they were before rounding.
+      index_k = outputs.index_k if cfg.quantizes_index_keys else keys
+      state = IndexState(
+        topk_indices, outputs.index_q, index_k, outputs.index_weights
       )
+      return state, (keys, scales)
 
     if is_full is True or index is None:
-      state = select(indexer, hidden, query_latent)
-      return state, state.index_k
+      return select(indexer, hidden, query_latent)
     # The projections, the scores and the selection all stand inside the
     # branch: a layer that is shared at run time computes none of them.
     topk_indices = nn.cond(
       is_full != 0,
-      lambda module, *args: select(module, *args).topk_indices,
+      lambda module, *args: select(module, *args)[0].topk_indices,
       lambda module, *args: index.topk_indices,
       indexer,
       hidden,
       query_latent,
     )
-    return IndexState(topk_indices), None
+    return IndexState(topk_indices), (None, None)
 
 
 class KernelOnly(nn.Module):

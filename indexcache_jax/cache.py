@@ -9,10 +9,13 @@ schedule removes the others' from memory.
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from indexcache_jax import config as config_lib
-from indexcache_jax import types
+from indexcache_jax import costs, types
+from pallas_kernels.sparse_attention import mosaic_tpu_layout, mosaic_tpu_packed
+
+PackedLatent = mosaic_tpu_layout.PackedLatent
 
 
 @flax.struct.dataclass
@@ -20,24 +23,32 @@ class Cache:
   """Rows of all past tokens, one array a layer so that updates are in place.
 
   Attributes:
-    kv_latent: L arrays, a latent row a token.
+    kv_latent: L arrays, a latent row a token; where a TPU's kernel reads them,
+      packed as it does.
     index_keys: F arrays, those of the full layers in order.
+    index_key_scales: F arrays, a factor a key, where the keys are 8-bit floats
+      (`config.index_key_dtype`); else none.
     lengths: tokens already in each sequence.
   """
 
-  kv_latent: tuple[Float[Array, "B S C"], ...]
+  kv_latent: tuple[Float[Array, "B S C"] | PackedLatent, ...]
   index_keys: tuple[Float[Array, "B S D"], ...]
+  index_key_scales: tuple[Float32[Array, "B S"], ...]
   lengths: Int32[Array, " B"]
 
   @property
   def capacity(self) -> int:
     """S: tokens that fit."""
-    return self.kv_latent[0].shape[1]
+    latent = self.kv_latent[0]
+    if isinstance(latent, PackedLatent):
+      return latent.num_keys
+    return latent.shape[1]
 
   @property
   def num_bytes(self) -> int:
     """Bytes of all rows."""
-    return sum(rows.nbytes for rows in (*self.kv_latent, *self.index_keys))
+    arrays = (self.kv_latent, self.index_keys, self.index_key_scales)
+    return sum(array.nbytes for array in jax.tree.leaves(arrays))
 
 
 def init_cache(
@@ -45,7 +56,9 @@ def init_cache(
 ) -> Cache:
   """Returns an empty cache for `capacity` tokens a sequence.
 
-  Memory: `B S (L C + F D)` elements of `config.dtype`.
+  Memory: `B S (L C + F D)` elements of `config.dtype`; with 8-bit index keys,
+  `F (D + 4)` bytes a token for them instead; packed for a TPU, a latent takes
+  whole rows of 512 bytes.
 
   Raises:
     ValueError: no row or no token, or more bytes than the device has free.
@@ -58,18 +71,34 @@ def init_cache(
 
   _check_memory(config, batch_size, capacity)
 
-  def rows(width):
-    return jnp.zeros((batch_size, capacity, width), config.dtype)
+  def rows(width, dtype):
+    return jnp.zeros((batch_size, capacity, width), dtype)
+
+  def latents():
+    if _is_packed(config):
+      return mosaic_tpu_layout.empty(
+        batch_size, capacity, config.latent_dim, config.dtype
+      )
+    return rows(config.latent_dim, config.dtype)
+
+  num_full = config.schedule.num_full
+  key_dtype = config.index_key_dtype or config.dtype
 
   return Cache(
-    kv_latent=tuple(
-      rows(config.latent_dim) for _ in range(config.num_hidden_layers)
-    ),
+    kv_latent=tuple(latents() for _ in range(config.num_hidden_layers)),
     index_keys=tuple(
-      rows(config.index_head_dim) for _ in range(config.schedule.num_full)
+      rows(config.index_head_dim, key_dtype) for _ in range(num_full)
+    ),
+    index_key_scales=tuple(
+      jnp.ones((batch_size, capacity), jnp.float32)
+      for _ in range(num_full if config.quantizes_index_keys else 0)
     ),
     lengths=jnp.zeros((batch_size,), jnp.int32),
   )
+
+
+def _is_packed(config):
+  return mosaic_tpu_packed.is_preferred(config.dtype, config.implementation)
 
 
 def _check_memory(config, batch_size, capacity):
@@ -79,14 +108,16 @@ def _check_memory(config, batch_size, capacity):
   if "bytes_limit" not in stats:
     return
   free = stats["bytes_limit"] - stats["bytes_in_use"]
-  latents = config.num_hidden_layers * config.latent_dim
-  keys = config.schedule.num_full * config.index_head_dim
-  itemsize = jnp.dtype(config.dtype).itemsize
-  needed = batch_size * capacity * (latents + keys) * itemsize
+  token_bytes = costs.schedule_costs(config, context=capacity).cache_bytes
+  if _is_packed(config):
+    token_bytes += config.num_hidden_layers * mosaic_tpu_layout.padding_bytes(
+      config.latent_dim, config.dtype
+    )
+  needed = batch_size * capacity * token_bytes
   if needed > free:
     raise ValueError(
       "`batch_size` x `capacity` must fit in the device's memory: got"
-      f" {batch_size} x {capacity} tokens x {(latents + keys) * itemsize} bytes"
+      f" {batch_size} x {capacity} tokens x {token_bytes} bytes"
       f" ({config.num_hidden_layers} latents of {config.latent_dim} and"
       f" {config.schedule.num_full} index keys of {config.index_head_dim}) ="
       f" {needed / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free. Take"
@@ -95,13 +126,33 @@ def _check_memory(config, batch_size, capacity):
 
 
 def write_rows(
-  rows: Float[Array, "B S E"],
-  new: Float[Array, "B T E"],
+  rows: Float[Array, "B S *E"],
+  new: Float[Array, "B T *E"],
   positions: types.Positions,
-) -> Float[Array, "B S E"]:
+) -> Float[Array, "B S *E"]:
   """Writes `new` at `positions`; a position beyond the capacity is dropped.
 
   A clamped write would overwrite the last token in silence.
   """
   write = jax.vmap(lambda r, n, p: r.at[p].set(n.astype(r.dtype), mode="drop"))
   return write(rows, new, positions)
+
+
+def write_latents(
+  latents: Float[Array, "B S C"] | PackedLatent,
+  new: Float[Array, "B T C"],
+  positions: types.Positions,
+) -> Float[Array, "B S C"] | PackedLatent:
+  """`write_rows` into latents of either form."""
+  if isinstance(latents, PackedLatent):
+    return mosaic_tpu_layout.write(latents, new, positions)
+  return write_rows(latents, new, positions)
+
+
+def plain_latents(
+  latents: Float[Array, "B S C"] | PackedLatent,
+) -> Float[Array, "B S C"]:
+  """Latents as rows: a copy of packed ones."""
+  if isinstance(latents, PackedLatent):
+    return mosaic_tpu_layout.unpack(latents)
+  return latents

@@ -131,6 +131,10 @@ class SparseTransformerConfig:
     dtype: of activations and matrix products; scores, softmax, norms, routing
       and logits are float32 always.
     param_dtype: of freshly initialised parameters.
+    index_key_dtype: of the indexer's products and of its keys in a cache.
+      None: `dtype`. jnp.float8_e4m3fn: queries and keys are rotated by a
+      Hadamard matrix and rounded with a scale a row, as DeepSeek-V3.2 serves;
+      a key takes D + 4 bytes, and some keys at the selection's boundary change.
     implementation: of every kernel op, see `pallas_kernels`; None: the best
       that the platform has.
   """
@@ -169,6 +173,7 @@ class SparseTransformerConfig:
   schedule: ReuseSchedule | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  index_key_dtype: Any = None
   implementation: str | None = None
 
   def __post_init__(self):
@@ -191,6 +196,7 @@ class SparseTransformerConfig:
     )
     _check_schedule(self)
     _check_dims(self)
+    _check_index_key_dtype(self)
     _check_experts(self)
 
   @property
@@ -202,6 +208,18 @@ class SparseTransformerConfig:
   def latent_dim(self) -> int:
     """C: width of a cached latent row."""
     return self.kv_lora_rank + self.qk_rope_head_dim
+
+  @property
+  def quantizes_index_keys(self) -> bool:
+    """Whether the indexer's queries and keys are 8-bit floats with scales."""
+    return self.index_key_dtype is not None
+
+  @property
+  def index_key_bytes(self) -> int:
+    """Bytes of one token's index key in a cache, its scale included."""
+    if self.quantizes_index_keys:
+      return self.index_head_dim + 4
+    return self.index_head_dim * jnp.dtype(self.dtype).itemsize
 
   @property
   def attention_scale(self) -> float:
@@ -279,6 +297,23 @@ def _check_dims(config):
       "`index_head_dim` must hold the rotated `qk_rope_head_dim`: got"
       f" index_head_dim={config.index_head_dim},"
       f" qk_rope_head_dim={config.qk_rope_head_dim}."
+    )
+
+
+def _check_index_key_dtype(config):
+  dtype, dim = config.index_key_dtype, config.index_head_dim
+  if dtype is None:
+    return
+  if dtype != jnp.float8_e4m3fn:
+    raise ValueError(
+      "`index_key_dtype` must be None (that of `dtype`) or jnp.float8_e4m3fn:"
+      f" got {dtype!r}."
+    )
+  if dim & (dim - 1):
+    raise ValueError(
+      "`index_head_dim` must be a power of two for the Hadamard rotation of"
+      f" `index_key_dtype`=float8_e4m3fn: got {dim}. Leave `index_key_dtype`"
+      " None."
     )
 
 

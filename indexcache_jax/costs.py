@@ -43,7 +43,7 @@ def indexer_costs(
   Args:
     config: of the model.
     key_bytes: of an index key, 132 for the engines' FP8 with its scale; None:
-      `index_head_dim` elements of `config.dtype`, as `Cache` keeps it.
+      as `Cache` keeps it, see `config.index_key_dtype`.
   """
   heads, dim = config.index_n_heads, config.index_head_dim
   kernels = (
@@ -52,7 +52,7 @@ def indexer_costs(
     + config.hidden_size * heads
   )
   if key_bytes is None:
-    key_bytes = dim * jnp.dtype(config.dtype).itemsize
+    key_bytes = config.index_key_bytes
   return IndexerCosts(
     parameters=kernels + 2 * dim,
     projection_flops=2 * kernels,

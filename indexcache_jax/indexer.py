@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+import pallas_kernels
 from indexcache_jax import config as config_lib
 from indexcache_jax import linear, norms, rope, types
 
@@ -19,6 +20,39 @@ class IndexerOutputs(NamedTuple):
   index_q: Float[Array, "B T I D"]
   index_k: Float[Array, "B T D"]
   index_weights: Float32[Array, "B T I"]
+
+
+class ScoreInputs(NamedTuple):
+  """What is multiplied: the outputs themselves, or their 8-bit form.
+
+  Attributes:
+    index_q: queries.
+    index_k: keys of the new tokens.
+    index_weights: head weights; a quantised query's scale is in them.
+    key_scale: factor on each key's scores; None: 1.
+  """
+
+  index_q: Float[Array, "B T I D"]
+  index_k: Float[Array, "B T D"]
+  index_weights: Float32[Array, "B T I"]
+  key_scale: Float32[Array, "B T"] | None
+
+
+def score_inputs(
+  outputs: IndexerOutputs, config: config_lib.SparseTransformerConfig
+) -> ScoreInputs:
+  """Returns the outputs in `config.index_key_dtype`."""
+  if not config.quantizes_index_keys:
+    return ScoreInputs(*outputs, key_scale=None)
+  index_q, query_scale = pallas_kernels.quantize_rows(
+    outputs.index_q, rotate=True
+  )
+  index_k, key_scale = pallas_kernels.quantize_rows(
+    outputs.index_k, rotate=True
+  )
+  return ScoreInputs(
+    index_q, index_k, outputs.index_weights * query_scale, key_scale
+  )
 
 
 class Indexer(nn.Module):

@@ -191,20 +191,26 @@ class SparseTransformer(nn.Module):
 def _layer_cache(cache, schedule, layer):
   if cache is None:
     return None
-  is_full = schedule.is_full(layer)
-  keys = None
-  if is_full:
-    keys = cache.index_keys[schedule.full_layers.index(layer)]
-  return attention.LayerCache(cache.kv_latent[layer], keys)
+  if not schedule.is_full(layer):
+    return attention.LayerCache(cache.kv_latent[layer], None)
+  place = schedule.full_layers.index(layer)
+  return attention.LayerCache(
+    cache.kv_latent[layer],
+    cache.index_keys[place],
+    cache.index_key_scales[place] if cache.index_key_scales else None,
+  )
 
 
 def _join_cache(cache, layer_caches, lengths):
   if cache is None:
     return None
+
+  def present(arrays):
+    return tuple(array for array in arrays if array is not None)
+
   return cache_lib.Cache(
     kv_latent=tuple(layer.kv_latent for layer in layer_caches),
-    index_keys=tuple(
-      layer.index_keys for layer in layer_caches if layer.index_keys is not None
-    ),
+    index_keys=present(layer.index_keys for layer in layer_caches),
+    index_key_scales=present(layer.index_key_scales for layer in layer_caches),
     lengths=cache.lengths + lengths,
   )

@@ -167,26 +167,31 @@ class _Bench:
     config = self._config
     latent = self._random(*self._shape, config.q_lora_rank)
     index_k = self._random(self._shape[0], self._keys, config.index_head_dim)
+    key_scale = None
+    if config.quantizes_index_keys:
+      index_k, key_scale = pallas_kernels.quantize_rows(index_k)
     module = indexer_lib.Indexer(config)
     rotary = self._context.rotary
     params = jax.jit(module.init)(self._key, self._hidden, latent, rotary)
 
-    def select(params, hidden, latent, index_k, key_end):
+    def select(params, hidden, latent, index_k, key_scale, key_end):
       outputs = module.apply(params, hidden, latent, rotary)
+      scored = indexer_lib.score_inputs(outputs, config)
       topk_indices = pallas_kernels.indexer_topk(
-        outputs.index_q,
+        scored.index_q,
         index_k,
-        outputs.index_weights,
+        scored.index_weights,
         jnp.zeros_like(key_end),
         key_end,
         k=config.index_topk,
+        key_scale=key_scale,
         implementation=config.implementation,
       )
       # The new keys go to the cache: they are work as well.
-      return topk_indices, outputs.index_k
+      return topk_indices, scored.index_k
 
     return self._time(
-      select, params, self._hidden, latent, index_k, self._key_end
+      select, params, self._hidden, latent, index_k, key_scale, self._key_end
     )
 
   def attention(self, num_keys):

@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """8-bit floats for the indexer's queries and keys."""
 
+import functools
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
+
+from pallas_kernels import numerics
 
 # Largest finite float8_e4m3fn.
 _LARGEST = 448.0
@@ -32,9 +37,7 @@ def quantize_rows(
   Raises:
     ValueError: rotation of a D that is no power of two.
   """
-  x = x.astype(jnp.float32)
-  if rotate:
-    x = _hadamard(x)
+  x = _rotated(x) if rotate else x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(x), axis=-1)
   scale = jnp.where(largest > 0, largest / _LARGEST, 1.0)
   # A scale below the least normal number would be flushed to zero.
@@ -43,16 +46,25 @@ def quantize_rows(
   return rows.astype(jnp.float8_e4m3fn), scale
 
 
-def _hadamard(x):
+def _rotated(x):
   """Products of rows with the Hadamard matrix over the root of its size."""
   dim = x.shape[-1]
   if dim & (dim - 1):
     raise ValueError(f"`rotate` needs a power of two for D: got {dim}.")
-  shape = x.shape
-  half = 1
-  while half < dim:
-    x = x.reshape(*shape[:-1], dim // (2 * half), 2, half)
-    low, high = x[..., 0, :], x[..., 1, :]
-    x = jnp.stack([low + high, low - high], axis=-2)
-    half *= 2
-  return x.reshape(shape) / jnp.sqrt(jnp.float32(dim))
+  # Signs alone, exact in every dtype: one product on the matrix units.
+  products = jnp.matmul(
+    x,
+    jnp.asarray(_hadamard_signs(dim), x.dtype),
+    precision=numerics.precision(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return products / jnp.sqrt(jnp.float32(dim))
+
+
+@functools.cache
+def _hadamard_signs(dim):
+  """Sylvester's construction: `H(2n) = [[H, H], [H, -H]]`."""
+  signs = np.ones((1, 1), np.int8)
+  while len(signs) < dim:
+    signs = np.block([[signs, signs], [signs, -signs]])
+  return signs

@@ -23,7 +23,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, UInt32
 
 LANES = 128
 _SUBLANES = 8
@@ -53,19 +54,62 @@ def row_tiles(width: int, dtype) -> int:
   return -(-width * jnp.dtype(dtype).itemsize // (4 * LANES))
 
 
+def padding_bytes(width: int, dtype: DTypeLike) -> int:
+  """Bytes by which a packed token is longer than its columns."""
+  itemsize = jnp.dtype(dtype).itemsize
+  return row_tiles(width, dtype) * LANES * 4 - width * itemsize
+
+
+def num_rows(num_keys: int, width: int, dtype: DTypeLike) -> int:
+  """Rows of 128 words that a cache for `num_keys` tokens takes."""
+  # A token of zeros; whole tiles, so that the batch merges without a copy.
+  rows = (num_keys + 1) * row_tiles(width, dtype)
+  return rows + -rows % _SUBLANES
+
+
 def pack(latent: Float[Array, "B S C"]) -> PackedLatent:
   """Packs a cache: one copy of it."""
   num_keys, width = latent.shape[1:]
   words = pack_rows(latent)
-  # The row of zeros; whole tiles, so that the batch merges without a copy.
-  extra = row_tiles(width, latent.dtype)
-  extra += -(words.shape[1] + extra) % _SUBLANES
+  extra = num_rows(num_keys, width, latent.dtype) - words.shape[1]
   return PackedLatent(
     words=jnp.pad(words, ((0, 0), (0, extra), (0, 0))),
     num_keys=num_keys,
     width=width,
     dtype=latent.dtype,
   )
+
+
+def empty(
+  batch: int, num_keys: int, width: int, dtype: DTypeLike
+) -> PackedLatent:
+  """A packed cache of zeros, for tokens to be written into."""
+  rows = num_rows(num_keys, width, dtype)
+  return PackedLatent(
+    words=jnp.zeros((batch, rows, LANES), jnp.uint32),
+    num_keys=num_keys,
+    width=width,
+    dtype=jnp.dtype(dtype),
+  )
+
+
+def write(
+  packed: PackedLatent,
+  latent: Float[Array, "B T C"],
+  positions: Int32[Array, "B T"],
+) -> PackedLatent:
+  """Writes tokens at `positions`; one beyond the last place is dropped."""
+  tiles = row_tiles(packed.width, packed.dtype)
+  # Out of the array, where behind the last token the zeros stand.
+  beyond = packed.words.shape[1]
+  first = jnp.where(positions < packed.num_keys, positions * tiles, beyond)
+  rows = first[..., None] + jnp.arange(tiles)
+  write_rows = jax.vmap(
+    lambda words, new, at: words.at[at].set(new, mode="drop")
+  )
+  new = pack_rows(latent.astype(packed.dtype))
+  words = write_rows(packed.words, new, rows.reshape(rows.shape[0], -1))
+  return dataclasses.replace(packed, words=words)
 
 
 def pack_rows(latent: Float[Array, "B T C"]) -> UInt32[Array, "B TP 128"]:
