@@ -1,11 +1,13 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU kernels ask about their chip."""
+"""What the TPU kernels ask about their chip, and their way to several."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, PyTree
 
 
 class Chip(NamedTuple):
@@ -56,3 +58,67 @@ def chip() -> Chip:
     info.num_cores,
     info.is_matmul_supported("float8_e4m3fn", "float8_e4m3fn"),
   )
+
+
+class Split(NamedTuple):
+  """One way to share a call among devices.
+
+  Attributes:
+    arguments: the axis of each argument that is cut; None: whole everywhere.
+    results: the axis of each result, a tree like the results.
+  """
+
+  arguments: tuple[int | None, ...]
+  results: PyTree[int]
+
+
+def over_devices(
+  function: Callable, arguments: Sequence[Array], splits: Sequence[Split]
+) -> PyTree[Array]:
+  """Calls a function of kernels on every device of its arguments' mesh.
+
+  XLA refuses to partition a kernel, so its call says how it is shared.
+
+  Args:
+    function: of the arguments, or of equal parts of them.
+    arguments: arrays whose sharding XLA chooses ("auto" axes).
+    splits: the first whose axes the devices divide is taken; if none, every
+      device does the whole work.
+
+  Returns:
+    The results; on one device, or inside a `shard_map`, of a plain call.
+  """
+  mesh = _mesh_of(arguments)
+  if mesh is None:
+    return function(*arguments)
+
+  def spec(axis):
+    if axis is None:
+      return jax.sharding.PartitionSpec()
+    return jax.sharding.PartitionSpec(*[None] * axis, mesh.axis_names)
+
+  def fits(split):
+    return all(
+      axis is None or x.shape[axis] % mesh.size == 0
+      for x, axis in zip(arguments, split.arguments, strict=True)
+    )
+
+  whole = Split((None,) * len(arguments), None)
+  split = next(filter(fits, splits), whole)
+  return jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=tuple(map(spec, split.arguments)),
+    out_specs=jax.tree.map(spec, split.results, is_leaf=lambda x: x is None),
+    # A kernel does not say along which axes its results differ.
+    check_vma=False,
+  )(*arguments)
+
+
+def _mesh_of(arguments):
+  """The mesh of several devices that the arguments are on, if any."""
+  for x in arguments:
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.size > 1 and not mesh.manual_axes:
+      return mesh
+  return None

@@ -23,6 +23,12 @@ from pallas_kernels.indexer import mosaic_tpu_kernel, reference
 from pallas_kernels.topk import mosaic_tpu as topk_tpu
 
 _LANES, _SUBLANES = 128, 8
+# By the batch or by the queries; the keys are whole, for a sum over heads and
+# a selection need all.
+_SPLITS = (
+  tpu.Split((0, 0, 0, 0, 0), 0),
+  tpu.Split((1, None, 1, 1, 1), 1),
+)
 
 
 class Tiles(NamedTuple):
@@ -65,10 +71,13 @@ def indexer_scores(
   Raises:
     NotImplementedError: the chip, or a dtype that it does not multiply.
   """
-  _check(index_q, index_k)
-  tiles = tiles or _default_tiles(index_q.shape[1], index_k.shape[1])
-  scores = functools.partial(_scores, tiles=tiles, skip=skip)
-  return reference.with_gradient(scores)(
+
+  def score(*arguments):
+    return tpu.over_devices(
+      functools.partial(_scores, tiles=tiles, skip=skip), arguments, _SPLITS
+    )
+
+  return reference.with_gradient(score)(
     index_q, index_k, index_weights, key_start, key_end
   )
 
@@ -86,17 +95,18 @@ def indexer_topk(
   Raises:
     NotImplementedError: as `indexer_scores` and `top_k` of this lowering.
   """
-  _check(index_q, index_k)
+  return tpu.over_devices(
+    functools.partial(_select, k=k),
+    (index_q, index_k, index_weights, key_start, key_end),
+    _SPLITS,
+  )
+
+
+def _select(index_q, index_k, index_weights, key_start, key_end, *, k):
+  """`indexer_topk` on one device."""
 
   def select(index_q, index_weights, key_start, key_end):
-    scores = _scores(
-      index_q,
-      index_k,
-      index_weights,
-      key_start,
-      key_end,
-      tiles=_default_tiles(index_q.shape[1], index_k.shape[1]),
-    )
+    scores = _scores(index_q, index_k, index_weights, key_start, key_end)
     return topk_tpu.top_k(scores, k, key_end)
 
   return chunking.map_query_chunks(
@@ -152,9 +162,12 @@ def _scores(
   key_start,
   key_end,
   *,
-  tiles: Tiles,
+  tiles: Tiles | None = None,
   skip=True,
 ):
+  """`indexer_scores` on one device."""
+  _check(index_q, index_k)
+  tiles = tiles or _default_tiles(index_q.shape[1], index_k.shape[1])
   batch, num_queries, heads, dim = index_q.shape
   num_keys = index_k.shape[1]
   if num_queries == 1 and heads % _SUBLANES == 0:

@@ -7,13 +7,16 @@
 sizes.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tpu
+from pallas_kernels.sparse_attention import mosaic_tpu_backward as backward
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel as kernel
 from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
@@ -22,6 +25,11 @@ from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
 Tiles = gather.Tiles
 _LANES = layout.LANES
+# By the batch or by the queries; the rows are whole, for any may be selected.
+_SPLITS = tuple(
+  tpu.Split((axis, latent_axis, axis), (axis, SparseMLAResiduals(axis, axis)))
+  for axis, latent_axis in ((0, 0), (1, None))
+)
 
 
 def sparse_mla(
@@ -32,35 +40,62 @@ def sparse_mla(
   scale: float,
   value_dim: int,
 ) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
-  """Packs `kv_latent` (a copy a call) and runs the kernel; XLA's gradient.
+  """Packs `kv_latent` (a copy a call) and runs the kernel.
 
   A server keeps its cache packed and calls `sparse_mla_packed`.
 
   Raises:
     NotImplementedError: a chip, dtype or shape that the kernel can't run.
   """
-  _check(query, kv_latent.dtype, topk_indices)
   return _attend(query, kv_latent, topk_indices, scale, value_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(query, kv_latent, topk_indices, scale, value_dim):
-  return sparse_mla_packed(
-    query,
-    layout.pack(kv_latent),
-    topk_indices,
-    scale=scale,
-    value_dim=value_dim,
-  )
+
+  def attend(query, kv_latent, topk_indices):
+    return sparse_mla_packed(
+      query,
+      layout.pack(kv_latent),
+      topk_indices,
+      scale=scale,
+      value_dim=value_dim,
+    )
+
+  return tpu.over_devices(attend, (query, kv_latent, topk_indices), _SPLITS)
 
 
 def _forward(query, kv_latent, topk_indices, scale, value_dim):
-  saved = (query, kv_latent, topk_indices)
-  return _attend(*saved, scale, value_dim), saved
+  arguments = (query.value, kv_latent.value, topk_indices.value)
+  out, residuals = _attend(*arguments, scale, value_dim)
+  return (out, residuals), (*arguments, out, residuals.log_sum_exp)
 
 
 def _backward(scale, value_dim, saved, grads):
-  query, kv_latent, topk_indices = saved
+  query, kv_latent, topk_indices, out, log_sum_exp = saved
+  grad_out, residuals = grads
+  if not isinstance(residuals.mean_probs, SymbolicZero):
+    # Needs the probabilities before their gradient: XLA computes everything.
+    return _reference_backward(scale, value_dim, saved, grads)
+  grads = tpu.over_devices(
+    functools.partial(backward.sparse_mla_backward, scale=scale),
+    (
+      query,
+      kv_latent,
+      topk_indices,
+      out,
+      log_sum_exp,
+      _materialise(grad_out),
+      _materialise(residuals.log_sum_exp),
+    ),
+    # Not by the queries: each device would hold sums for all rows.
+    [tpu.Split((0,) * 7, (0, 0))],
+  )
+  return (*grads, None)
+
+
+def _reference_backward(scale, value_dim, saved, grads):
+  query, kv_latent, topk_indices, *_ = saved
   _, vjp = jax.vjp(
     lambda query, kv_latent: reference.sparse_mla(
       query, kv_latent, topk_indices, scale=scale, value_dim=value_dim
@@ -68,10 +103,18 @@ def _backward(scale, value_dim, saved, grads):
     query,
     kv_latent,
   )
+  is_zero = lambda x: isinstance(x, SymbolicZero)  # noqa: E731
+  grads = jax.tree.map(_materialise, grads, is_leaf=is_zero)
   return (*vjp(grads), None)
 
 
-_attend.defvjp(_forward, _backward)
+def _materialise(grad):
+  if isinstance(grad, SymbolicZero):
+    return jnp.zeros(grad.shape, grad.dtype)
+  return grad
+
+
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def sparse_mla_packed(
@@ -96,6 +139,22 @@ def sparse_mla_packed(
   Raises:
     NotImplementedError: a chip, dtype or shape that the kernel can't run.
   """
+
+  def attend(query, words, topk_indices):
+    return _attend_packed(
+      query,
+      dataclasses.replace(packed, words=words),
+      topk_indices,
+      scale=scale,
+      value_dim=value_dim,
+      tiles=tiles,
+    )
+
+  return tpu.over_devices(attend, (query, packed.words, topk_indices), _SPLITS)
+
+
+def _attend_packed(query, packed, topk_indices, *, scale, value_dim, tiles):
+  """`sparse_mla_packed` on one device."""
   chip = _check(query, packed.dtype, topk_indices)
   batch, num_queries, heads, width = query.shape
   count = topk_indices.shape[-1]

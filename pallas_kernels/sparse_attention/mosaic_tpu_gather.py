@@ -70,16 +70,18 @@ class Loads(NamedTuple):
 
       jax.lax.fori_loop(0, tiles.chunk // unroll, start, 0)
 
-  def turn_indices(self, step, slot):
-    """Waits for the numbers that this step needs, starts those of a later."""
+  def start_indices(self, step, slot):
+    """Starts the numbers of a later step, in the place of this step's."""
     slots = self.problem.tiles.buffers
 
-    # Those of this step were used `ahead` steps ago, so their place is free.
     @pl.when(step + slots < self.problem.steps)
     def _():
       self._indices(step + slots, slot).start()
 
-    self._indices(0, (slot + self.problem.tiles.ahead) % slots).wait()
+  def wait_indices(self, slot):
+    """Waits for the numbers of the rows that this step starts."""
+    tiles = self.problem.tiles
+    self._indices(0, (slot + tiles.ahead) % tiles.buffers).wait()
 
   def _indices(self, step, slot):
     chunk = self.problem.tiles.chunk

@@ -151,7 +151,9 @@ def _kernel(
 
   def attend(slot, is_tail):
     if not is_tail:
-      loads.turn_indices(step, slot)
+      # This step's numbers were used `ahead` steps ago.
+      loads.start_indices(step, slot)
+      loads.wait_indices(slot)
     loads.wait_rows(slot)
     if not is_tail:
       loads.start_rows(slot)

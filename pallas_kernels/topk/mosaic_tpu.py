@@ -1,12 +1,16 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Exact top-k on a TPU's TensorCore: counting bisection, then a bitmap.
+"""Exact top-k on a TPU's TensorCore: a counting search, then a bitmap.
 
-Eight rows at a time lie in VMEM as ordered integers. A bisection on the
-integers counts, a pass over VMEM each, until exactly k are at or above the
-bound, or until it has met the k-th largest; then ties go to the lower index.
-A bitmap of the chosen places becomes ascending indices. A row too long, or one
-of too few, is laid out as eight segments instead of one of eight rows.
+Eight rows at a time lie in VMEM as ordered integers. A search over bounds
+counts, a pass over VMEM each, until exactly k are at or above the bound, or
+until it has met the k-th largest; then ties go to the lower index. It starts
+from a guess: the largest keys of k groups, which are few, say within some
+hundred keys where the bound must be. From there it interpolates; where that
+does not halve what is between, it bisects. So the data decides how long it
+takes, never what is selected. A bitmap of the chosen places becomes ascending
+indices. A row too long, or one of too few, is laid out as eight segments
+instead of one of eight rows.
 
 Chips with a SparseCore run this too. Tokamax's radix select for it (read, not
 run) differs from our definition: of the rows that take more than one window a
@@ -49,15 +53,25 @@ def top_k(
   Raises:
     NotImplementedError: the chip, or a row that VMEM does not hold.
   """
-  chip = tpu.chip()
   *batch, num_keys = scores.shape
   scores = scores.reshape(-1, num_keys)
-  num_rows = scores.shape[0]
   lengths = (
-    jnp.full((num_rows,), num_keys, jnp.int32)
+    jnp.full((scores.shape[0],), num_keys, jnp.int32)
     if lengths is None
     else jnp.clip(lengths.reshape(-1), 0, num_keys)
   )
+  indices = tpu.over_devices(
+    functools.partial(_top_k, k=k, passes=passes),
+    (scores, lengths),
+    [tpu.Split((0, 0), 0)],
+  )
+  return indices.reshape(*batch, k)
+
+
+def _top_k(scores, lengths, *, k, passes):
+  """`top_k` of a matrix, on one device."""
+  chip = tpu.chip()
+  num_rows, num_keys = scores.shape
   segments = _segments(num_rows, num_keys, chip.vmem_bytes)
   if segments > 1:
     # DMAs move whole tiles of lanes.
@@ -76,7 +90,7 @@ def top_k(
     chip=chip,
     passes=passes,
   )
-  return indices[:num_rows, :k].reshape(*batch, k)
+  return indices[:num_rows, :k]
 
 
 def _segments(num_rows, num_keys, vmem_bytes):
@@ -108,6 +122,10 @@ def _call(scores, ends, *, k, segments, chip, passes):
   width = num_keys // segments
   num_registers = -(-width // bitmap.STRIDE)
   num_slots = -(-k // _LANES)
+  # About k groups of keys a row, a power of two that divides a chunk.
+  num_maxima = 1
+  while num_maxima * segments < min(num_slots, bitmap.WORD_BITS):
+    num_maxima *= 2
   num_cores = 1 if num_groups % chip.num_cores else chip.num_cores
   steps = num_groups // num_cores
   rows_a_group = _SUBLANES // segments
@@ -132,6 +150,7 @@ def _call(scores, ends, *, k, segments, chip, passes):
     scratch_shapes=[
       pltpu.VMEM((_SUBLANES, num_registers * bitmap.STRIDE), jnp.float32),
       pltpu.VMEM((num_registers * _LANES, *bitmap.REGISTER), jnp.int32),
+      pltpu.VMEM((num_maxima, *bitmap.REGISTER), jnp.int32),
       pltpu.VMEM((bitmap.WORDS, num_registers, *bitmap.REGISTER), jnp.int32),
       pltpu.VMEM((num_registers, *bitmap.REGISTER), jnp.int32),
       pltpu.VMEM((num_slots, *bitmap.REGISTER), jnp.int32),

@@ -3,6 +3,7 @@
 """Runs TPU kernels on the CPU, in ways that each find another fault."""
 
 import contextlib
+import faulthandler
 import functools
 from unittest import mock
 
@@ -19,8 +20,14 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 MODES = {
   "on_wait": pltpu.InterpretParams(dma_execution_mode="on_wait"),
   "eager": pltpu.InterpretParams(dma_execution_mode="eager"),
-  "races": pltpu.InterpretParams(detect_races=True, on_race="raise"),
+  # Eager, for a copy that is never waited for is else never made: no race.
+  "races": pltpu.InterpretParams(
+    dma_execution_mode="eager", detect_races=True, on_race="raise"
+  ),
 }
+# A semaphore that nobody signals hangs the interpreter. Then the process ends,
+# with every thread's stack; the slowest test takes a tenth of it.
+_TIMEOUT_S = 240
 
 
 # It has the least VMEM of v5e to 7x.
@@ -31,8 +38,18 @@ _CHIP = tpu.Chip("interpreter", 64 << 20, 1, True)
 def numbers():
   """Numbers alone: copies are instant and nothing is checked; fast."""
   call = functools.partial(pl.pallas_call, interpret=True)
-  with chip(), mock.patch.object(pl, "pallas_call", call):
+  with timeout(), chip(), mock.patch.object(pl, "pallas_call", call):
     yield
+
+
+@contextlib.contextmanager
+def timeout():
+  """Ends the process if what is inside takes too long."""
+  faulthandler.dump_traceback_later(_TIMEOUT_S, exit=True)
+  try:
+    yield
+  finally:
+    faulthandler.cancel_dump_traceback_later()
 
 
 def chip():
@@ -44,7 +61,7 @@ def chip():
 def mode(name):
   """Simulated memories, copies and semaphores, in one of `MODES`."""
   try:
-    with chip(), pltpu.force_tpu_interpret_mode(MODES[name]):
+    with timeout(), chip(), pltpu.force_tpu_interpret_mode(MODES[name]):
       yield
   finally:
     # An exception leaves its buffers and semaphores behind.

@@ -2,17 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TPU kernel, interpreted: numbers, races and seeded faults."""
 
-import faulthandler
+import functools
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental import pallas as pl
 
-from pallas_kernels import tpu
-from pallas_kernels.sparse_attention import mosaic_tpu, shapes
+import pallas_kernels
+from pallas_kernels import chunking, tpu
+from pallas_kernels.sparse_attention import (
+  mosaic_tpu,
+  mosaic_tpu_backward,
+  mosaic_tpu_backward_kernel,
+  mosaic_tpu_packed,
+  reference,
+  shapes,
+)
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
 from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
 from tests import tolerances
@@ -20,25 +28,20 @@ from tests.kernels import interpreters, loops, sparse_attention_test
 
 # A tenth of a second where a chunk of 128 takes seconds to unroll and walk.
 _TILES = mosaic_tpu.Tiles(chunk=8, buffers=3, ahead=2, cores=1)
+_BACKWARD_TILES = mosaic_tpu.Tiles(chunk=8, buffers=2, ahead=1, cores=1)
 # Three chunks a query, the last of them half full.
 _SHAPE = shapes.Shape(1, 3, 40, 3, 24, 16, 20)
-_MODES = {
-  **interpreters.MODES,
-  # Eager, for a copy that is never waited for is else never made: no race.
-  "races": pltpu.InterpretParams(dma_execution_mode="eager", detect_races=True),
-}
-# A semaphore that nobody signals hangs the interpreter.
-_TIMEOUT_S = 240
 
 
 def setup(test, mode="on_wait"):
-  faulthandler.dump_traceback_later(_TIMEOUT_S, exit=True)
-  test.addCleanup(faulthandler.cancel_dump_traceback_later)
-  test.addCleanup(pltpu.reset_tpu_interpret_mode_state)
-  test.enter_context(interpreters.chip())
-  test.enter_context(pltpu.force_tpu_interpret_mode(_MODES[mode]))
+  test.enter_context(interpreters.mode(mode))
   test.enter_context(
     mock.patch.object(mosaic_tpu, "default_tiles", lambda *_: _TILES)
+  )
+  test.enter_context(
+    mock.patch.object(
+      mosaic_tpu_backward, "default_tiles", lambda *_: _BACKWARD_TILES
+    )
   )
 
 
@@ -89,7 +92,7 @@ class KernelTest(parameterized.TestCase):
       )
 
   @parameterized.product(
-    mode=tuple(_MODES), dtype=("float32", "bfloat16"), ahead=(1, 2)
+    mode=tuple(interpreters.MODES), dtype=("float32", "bfloat16"), ahead=(1, 2)
   )
   def test_interpreted_in_three_ways(self, mode, dtype, ahead):
     setup(self, mode)
@@ -126,7 +129,7 @@ class KernelTest(parameterized.TestCase):
     )
 
   @parameterized.product(
-    mode=tuple(_MODES), fault=("missing_wait", "neighbour_slot")
+    mode=tuple(interpreters.MODES), fault=("missing_wait", "neighbour_slot")
   )
   def test_a_seeded_fault_is_caught(self, mode, fault):
     setup(self, mode)
@@ -168,6 +171,170 @@ class KernelTest(parameterized.TestCase):
       attend((query, latent, many))
 
 
+class BackwardTest(parameterized.TestCase):
+  """Against the gradients that JAX derives of the definition."""
+
+  def inputs(self, shape, dtype):
+    """The arguments of the backward pass, and what it should return."""
+    args = inputs(shape, dtype)
+    (out, residuals), vjp = jax.vjp(
+      lambda query, latent: reference.sparse_mla(
+        query, latent, args[2], scale=0.3, value_dim=16
+      ),
+      *args[:2],
+    )
+    rng = np.random.default_rng(3)
+    grad_out = jnp.asarray(rng.normal(size=out.shape), out.dtype)
+    top = residuals.log_sum_exp
+    grad_top = jnp.asarray(rng.normal(size=top.shape), jnp.float32)
+    grad_residuals = reference.SparseMLAResiduals(
+      jnp.where(top > -jnp.inf, grad_top, 0.0),
+      jnp.zeros_like(residuals.mean_probs),
+    )
+    arguments = (*args, out, top, grad_out, grad_top)
+    return arguments, vjp((grad_out, grad_residuals))
+
+  def run_kernel(self, arguments, **tiles):
+    return jax.jit(
+      functools.partial(
+        mosaic_tpu_backward.sparse_mla_backward,
+        scale=0.3,
+        tiles=_BACKWARD_TILES._replace(**tiles),
+      ),
+      compiler_options=interpreters.COMPILER_OPTIONS,
+    )(*arguments)
+
+  def assert_right(self, actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+      self.assertEqual(a.dtype, b.dtype)
+      np.testing.assert_allclose(
+        np.float32(a),
+        np.float32(b),
+        **tolerances.tolerance(
+          a.dtype, 4 if a.dtype == jnp.bfloat16 else 44, grads=True
+        ),
+      )
+
+  @parameterized.product(
+    mode=tuple(interpreters.MODES), dtype=("float32", "bfloat16")
+  )
+  def test_interpreted_in_three_ways(self, mode, dtype):
+    # Its last query has no row.
+    shape = _SHAPE._replace(num_queries=5)
+    arguments, expected = self.inputs(shape, dtype)
+    setup(self, mode)
+    self.assert_right(self.run_kernel(arguments), expected)
+
+  def test_two_cores_have_sums_of_their_own(self):
+    arguments, expected = self.inputs(_SHAPE._replace(batch=2), "bfloat16")
+    setup(self)
+    self.assert_right(self.run_kernel(arguments, cores=2), expected)
+
+  def test_queries_in_parts(self):
+    arguments, expected = self.inputs(
+      _SHAPE._replace(batch=2, num_queries=2), "float32"
+    )
+    setup(self)
+    self.enter_context(mock.patch.object(chunking, "CHUNK_BYTES", 1))
+    self.assert_right(self.run_kernel(arguments), expected)
+
+  def test_a_gradient_of_the_probabilities_is_the_references(self):
+    query, latent, indices = inputs(_SHAPE)
+    setup(self)
+
+    def loss(implementation, query, latent):
+      out, residuals = pallas_kernels.sparse_mla(
+        query,
+        latent,
+        indices,
+        scale=0.3,
+        value_dim=16,
+        return_residuals=True,
+        implementation=implementation,
+      )
+      return jnp.sum(out) + jnp.sum(jnp.sin(residuals.mean_probs))
+
+    grads = [
+      jax.grad(functools.partial(loss, name), (0, 1))(query, latent)
+      for name in ("mosaic_tpu", "xla")
+    ]
+    self.assert_right(*grads)
+
+  @parameterized.product(
+    mode=("on_wait", "races"), fault=("load_wait", "store_wait", "wrong_row")
+  )
+  def test_a_seeded_fault_is_caught(self, mode, fault):
+    """No wait for the sums' loads, or stores; all in the first one's place."""
+    sums = mosaic_tpu_backward_kernel.Sums
+    wait, start_all = sums._wait, sums._start_all
+
+    def to_first_place(self, copy):
+      start_all(
+        self,
+        lambda hbm, vmem: copy(hbm, self.buffer.at[pl.ds(0, hbm.shape[0])]),
+      )
+
+    seeded = {
+      "load_wait": ("_wait", lambda self, n: wait(self, n) if n else None),
+      "store_wait": ("wait_stores", lambda self: None),
+      "wrong_row": ("_start_all", to_first_place),
+    }[fault]
+    arguments, expected = self.inputs(_SHAPE, "float32")
+    setup(self, mode)
+    self.enter_context(mock.patch.object(sums, *seeded))
+    # Copies by one thread to one place are no race, only wrong.
+    if mode == "races" and fault != "wrong_row":
+      with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "RACE"):
+        self.run_kernel(arguments)
+    else:
+      actual = self.run_kernel(arguments)
+      with self.assertRaisesRegex(AssertionError, "Not equal to tolerance"):
+        self.assert_right(actual, expected)
+
+
+class PackedTest(parameterized.TestCase):
+  def attend(self, implementation, packed=None):
+    query, latent, indices = inputs(_SHAPE, "bfloat16")
+    return mosaic_tpu_packed.sparse_mla_packed(
+      query,
+      packed or layout.pack(latent),
+      indices,
+      scale=0.3,
+      value_dim=16,
+      return_residuals=True,
+      implementation=implementation,
+    )
+
+  def test_both_implementations_are_those_of_plain_rows(self):
+    expected = loops.sparse_mla(*inputs(_SHAPE, "bfloat16"), 0.3, 16)
+    bound = tolerances.tolerance("bfloat16", 4)
+    out, _ = self.attend(None)
+    np.testing.assert_allclose(np.float32(out), expected[0], **bound)
+    setup(self)
+    out, residuals = self.attend("mosaic_tpu")
+    np.testing.assert_allclose(np.float32(out), expected[0], **bound)
+    self.assertEqual(residuals.mean_probs.shape, (1, 3, 20))
+
+  def test_a_cache_of_another_width_or_dtype(self):
+    for width, dtype in ((25, jnp.bfloat16), (24, jnp.float32)):
+      with self.assertRaisesRegex(ValueError, f"width {width}, {dtype.dtype}"):
+        self.attend("xla", layout.empty(1, 40, width, jnp.dtype(dtype)))
+
+  def test_packs_where_the_kernel_will_run(self):
+    is_preferred = mosaic_tpu_packed.is_preferred
+    # No TPU here.
+    self.assertFalse(is_preferred(jnp.bfloat16, None))
+    self.assertFalse(is_preferred(jnp.bfloat16, "mosaic_tpu"))
+    self.enter_context(interpreters.chip())
+    self.assertTrue(is_preferred(jnp.bfloat16, "mosaic_tpu"))
+    self.assertFalse(is_preferred(jnp.bfloat16, "xla"))
+    self.assertFalse(is_preferred(jnp.float16, "mosaic_tpu"))
+    self.enter_context(
+      mock.patch.object(jax, "default_backend", return_value="tpu")
+    )
+    self.assertTrue(is_preferred(jnp.float32, None))
+
+
 class LayoutTest(parameterized.TestCase):
   @parameterized.product(
     width=(24, 128, 300, 576), dtype=("float32", "bfloat16")
@@ -179,9 +346,28 @@ class LayoutTest(parameterized.TestCase):
     np.testing.assert_array_equal(layout.unpack(packed), latent)
     self.assertEqual(packed.words.shape[1] % 8, 0)
     tiles = layout.row_tiles(width, dtype)
+    self.assertEqual(
+      layout.padding_bytes(width, dtype),
+      512 * tiles - width * jnp.dtype(dtype).itemsize,
+    )
     np.testing.assert_array_equal(
       packed.words[:, 2 * tiles : 4 * tiles], layout.pack_rows(latent[:, 2:4])
     )
+    np.testing.assert_array_equal(packed.words[:, 5 * tiles :], 0)
+
+  @parameterized.parameters("float32", "bfloat16")
+  def test_write_puts_tokens_at_their_places(self, dtype):
+    rng = np.random.default_rng(0)
+    latent = jnp.asarray(rng.normal(size=(2, 5, 300)), dtype)
+    positions = jnp.asarray([[0, 3], [4, 5]])
+    packed = layout.write(
+      layout.empty(2, 5, 300, latent.dtype), latent[:, :2], positions
+    )
+    expected = np.zeros(latent.shape, np.float32)
+    expected[0, [0, 3]] = latent[0, :2]
+    expected[1, 4] = latent[1, 0]  # Place 5 is beyond the last.
+    np.testing.assert_array_equal(np.float32(layout.unpack(packed)), expected)
+    tiles = layout.row_tiles(300, dtype)
     np.testing.assert_array_equal(packed.words[:, 5 * tiles :], 0)
 
   def test_tiles_by_chip(self):

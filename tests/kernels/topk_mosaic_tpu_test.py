@@ -112,6 +112,43 @@ class MosaicTpuCopiesTest(parameterized.TestCase):
       self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
 
 
+class BracketTest(parameterized.TestCase):
+  """The search alone, on keys that mislead it."""
+
+  @parameterized.parameters(
+    ("powers", 2 ** (np.arange(1000) % 31)),
+    ("one_far", np.concatenate([np.arange(999), [2**30]])),
+    ("negative", -(2 ** (np.arange(1000) % 31))),
+    ("ties", np.arange(1000) % 3),
+    ("neighbours", (1 << 30) + np.arange(1000)),
+    ("both_ends", np.where(np.arange(1000) % 2, 2**30, -(2**30))),
+  )
+  def test_ends_at_the_kth_key_in_bounded_steps(self, _, keys):
+    infinity = mosaic_tpu_kernel._INFINITY
+    none = jnp.zeros(1, jnp.int32)
+    keys = keys.astype(np.int64)
+    step = jax.jit(
+      lambda bracket, k, bound, count: bracket.narrow(k, bound, count)
+    )
+    middle = jax.jit(lambda bracket, k: bracket.middle(k))
+    for k in (1, 2, 500, 999):
+      bracket = mosaic_tpu_kernel._Bracket(
+        none + (1 - infinity), none + infinity + 1, none + 1000, none, none
+      )
+      steps = 0
+      while bracket.is_open(k)[0]:
+        bound = middle(bracket, k)
+        count = jnp.asarray([np.sum(keys >= int(bound[0]))], jnp.int32)
+        bracket = step(bracket, k, bound, count)
+        steps += 1
+        self.assertLess(steps, 2 * 32 + 10)
+      low = int(bracket.low[0])
+      self.assertEqual(np.sum(keys >= low), int(bracket.num_low[0]))
+      if bracket.num_low[0] != k:
+        # More reach it, for it is the k-th itself.
+        self.assertEqual(low, np.sort(keys)[-k])
+
+
 class MosaicTpuUnfitTest(absltest.TestCase):
   def test_a_row_longer_than_vmem(self):
     scores = jax.ShapeDtypeStruct((1, 1 << 27), jnp.float32)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Each has `cases()`; a file that is not there yet is passed over.
-OPS = ("topk", "indexer", "sparse_mla")
+OPS = ("topk", "indexer", "sparse_mla", "model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,17 @@ class Case:
     arguments: `jax.ShapeDtypeStruct`s.
     temp_bytes: the most that the compiled call may hold beside its arguments
       and results.
-    cache: an argument's place: an array of its dtype and size must not be
-      copied, for that is a second cache, made anew at each call.
+    cache: as it lies on one device; an array of its dtype and of as many
+      elements must not be copied, for that is a second cache, made anew at
+      each call.
+    donated: places of arguments whose memory the results take over.
+    num_chips: of the topology: 1, or 4 as 2 x 2.
+    shardings: of the arguments on given devices; None: one device.
     subset: whether CI compiles it.
     cost: whether the schedule is costed too. The profiler writes down every
       executed instruction, so such a case has few grid steps.
-    kernels: names of its Pallas calls, each of which must get a figure.
+    kernels: names of its Pallas calls, each of which must be in the compiled
+      call and, where that is costed, get a figure.
     hbm_bytes: the least bytes that the call must move.
     mxu_flops: of its matrix products.
     contraction: their contracted width, where it is below a matrix unit's.
@@ -43,7 +48,10 @@ class Case:
   function: Callable
   arguments: Sequence[Any]
   temp_bytes: int = 1 << 30
-  cache: int | None = None
+  cache: Any = None
+  donated: Sequence[int] = ()
+  num_chips: int = 1
+  shardings: Callable | None = None
   subset: bool = False
   cost: bool = False
   kernels: Sequence[str] = ()

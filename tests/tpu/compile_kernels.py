@@ -9,6 +9,7 @@ temporary memory above its bound, and on a copy of the cache. Chips run in
 child processes, for a failed check inside the compiler ends its process.
 """
 
+import math
 import shutil
 import subprocess
 import sys
@@ -85,10 +86,9 @@ def compile_for(chip):
   log_dir = tempfile.mkdtemp()
   targets.set_environment(log_dir)
   try:
-    device = targets.device(chip)
     for case in chosen():
       begin = time.monotonic()
-      fault, facts = check(case, chip, device)
+      fault, facts = check(case, chip)
       label = f"{chip} {case.op} {case.name} {time.monotonic() - begin:.1f}s"
       if fault:
         print(f"{_FAILED} {label}: {fault}", flush=True)
@@ -98,14 +98,14 @@ def compile_for(chip):
     shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def check(case, chip, device):
+def check(case, chip):
   """Compiles one case.
 
   Returns:
     What is wrong, or None; and a word on what it holds.
   """
   try:
-    lowered = targets.lower(case.function, case.arguments, device)
+    lowered = targets.lower_case(case, chip)
     if chip in case.rejected_on:
       return f"should be refused on {chip}", ""
     compiled = lowered.compile()
@@ -121,13 +121,14 @@ def check(case, chip, device):
   if temp_bytes > case.temp_bytes:
     bound = case.temp_bytes / 2**20
     return f"holds {facts}, more than {bound:.1f} MiB", facts
+  text = compiled.as_text()
+  missing = [name for name in case.kernels if f"{name}/pallas_call" not in text]
+  if missing:
+    return f"runs without the kernels {missing}", facts
   if case.cache is not None:
-    cache = case.arguments[case.cache]
-    for dtype, shape in targets.copies(compiled.as_text()):
-      size = 1
-      for n in shape:
-        size *= n
-      if size >= cache.size:
+    name = targets.HLO_NAMES[case.cache.dtype.name]
+    for dtype, shape in targets.copies(text):
+      if dtype == name and math.prod(shape) >= case.cache.size:
         return f"copies the cache: {dtype}{list(shape)}", facts
   return None, facts
 

@@ -146,7 +146,7 @@ def row(case, chip, profiled, traced, facts):
   floors = {
     "bytes": case.hbm_bytes * cycles_a_byte / cores,
     "mxu": case.mxu_flops / info.bf16_ops_per_second / depth * clock / cores,
-    "issue": case.issue_cycles or 0,
+    "issue": (case.issue_cycles or 0) / cores,
   }
   bound = max(floors, key=floors.get)
   return {
@@ -154,6 +154,7 @@ def row(case, chip, profiled, traced, facts):
     "kernels": profiled,
     "traced_bytes": bytes_moved,
     "estimate_cycles": estimate,
+    "bound_by": "schedule" if estimate == cycles else "bytes",
     "xla_cycles": facts.get("xla_cycles"),
     "floor_cycles": round(floors[bound]),
     "floor": bound,
@@ -170,9 +171,7 @@ def compile_one(chip):
   (case,) = (
     case for case in cases_lib.all_cases(_OPS.value) if case.name == _NAME.value
   )
-  compiled = targets.lower(
-    case.function, case.arguments, targets.device(chip)
-  ).compile()
+  compiled = targets.lower_case(case, chip).compile()
   xla_cycles = sum(
     int(match[1])
     for match in _FUSION.finditer(compiled.as_text())
@@ -208,18 +207,19 @@ def table(rows):
   lines = [
     "Estimates of a compiler, from `make tpu-cost`; nothing was measured.",
     "",
-    "| op | case | chip | estimate, cycles | floor, cycles | of | ratio |"
-    " of it XLA's ops | note |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| op | case | chip | estimate, cycles | bound by | floor, cycles | of |"
+    " ratio | of it XLA's ops | note |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
     cells = [row["op"], row["name"], row["chip"]]
     if "error" in row:
-      cells += ["no figure", "", "", "", "", row["error"][:80]]
+      cells += ["no figure", "", "", "", "", "", row["error"][:80]]
     else:
       xla_cycles = row["xla_cycles"]
       cells += [
         f"{row['estimate_cycles']:,}",
+        row["bound_by"],
         f"{row['floor_cycles']:,}",
         row["floor"],
         f"{row['ratio']}",

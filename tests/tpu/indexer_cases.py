@@ -64,14 +64,17 @@ def _arguments(shape, dtype=jnp.bfloat16):
 
 
 def _topk(name, shape, dtype=jnp.bfloat16, rejected_on=()):
+  arguments = _arguments(shape, dtype)
   return Case(
     op="indexer",
     name=name,
     function=functools.partial(
       pallas_kernels.indexer_topk, k=shape.k, implementation="mosaic_tpu"
     ),
-    arguments=_arguments(shape, dtype),
-    cache=1 if shape.num_keys > shape.heads * shape.num_queries else None,
+    arguments=arguments,
+    cache=arguments[1]
+    if shape.num_keys > shape.heads * shape.num_queries
+    else None,
     subset=name in _SUBSET,
     rejected_on=rejected_on,
   )

@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels.sparse_attention import mosaic_tpu, shapes
+from pallas_kernels.sparse_attention import (
+  mosaic_tpu,
+  mosaic_tpu_backward,
+  shapes,
+)
 from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
 from tests.tpu.cases import Case
 
@@ -53,6 +57,10 @@ def cases() -> list[Case]:
   short = glm._replace(num_queries=_PREFILL_QUERIES["128k"], num_keys=131072)
   found.append(_packed("glm_5_float32", short, jnp.float32))
   found.append(_plain("glm_5_packed_each_call", glm))
+  for model, heads in _HEADS.items():
+    found.append(_backward(f"{model}_backward_32k", glm._replace(heads=heads)))
+  found.append(_backward("tiny_backward", tiny))
+  found.append(_backward("tiny_backward_float32", tiny, jnp.float32))
   return found
 
 
@@ -95,7 +103,7 @@ def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
     function=function,
     arguments=[query, packed.words, indices],
     temp_bytes=_temp_bytes(shape, query.dtype.itemsize),
-    cache=1,
+    cache=packed.words,
     subset=name in _SUBSET,
     cost=cost,
     kernels=("sparse_mla",),
@@ -129,4 +137,29 @@ def _plain(name, shape):
     ),
     arguments=_arguments(shape, jnp.bfloat16),
     note="packs the cache: a copy a call",
+  )
+
+
+def _backward(name, shape, dtype=jnp.bfloat16):
+  """Not costed: the profiler ends in its model of the matrix units' queue."""
+  query, latent, indices = _arguments(shape, dtype)
+  per_query = query.shape[:3]
+  out = jax.ShapeDtypeStruct((*per_query, shape.value_dim), dtype)
+  log_sum_exp = jax.ShapeDtypeStruct(per_query, jnp.float32)
+  width, itemsize = shape.latent_dim, query.dtype.itemsize
+  # Sums of two cores and packed rows; copies of the arguments and of the
+  # result, cut into parts; the padded arrays of a part.
+  tokens = shape.batch * (shape.num_keys + 512)
+  queries = shape.batch * shape.num_queries
+  copies = queries * shape.heads * (2 * width + 2 * shape.value_dim) * itemsize
+  return Case(
+    op="sparse_mla",
+    name=name,
+    function=functools.partial(
+      mosaic_tpu_backward.sparse_mla_backward, scale=_SCALE
+    ),
+    arguments=(query, latent, indices, out, log_sum_exp, out, log_sum_exp),
+    temp_bytes=tokens * width * (2 * 6 + 2 * itemsize) + copies + (10 << 27),
+    subset=name == "tiny_backward",
+    kernels=("sparse_mla_backward",),
   )

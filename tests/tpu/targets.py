@@ -24,6 +24,7 @@ class Chip:
 
   Attributes:
     topology: for `topologies.get_topology_desc`: one chip, one host.
+    topology_of_4: of 2 x 2 chips.
     clock: in Hz. v5e and v5p follow from the published peak (matrix units
       x 128^2 x 2 x clock); v6e and 7x are inferred from theirs, under the
       assumption of matrix units at twice the rate.
@@ -31,15 +32,18 @@ class Chip:
   """
 
   topology: str
+  topology_of_4: str
   clock: float
   devices: int = 1
 
 
 CHIPS = {
-  "v5e": Chip(topology="v5e:1x1", clock=1.5e9),
-  "v5p": Chip(topology="v5p:1x1x1", clock=1.75e9),
-  "v6e": Chip(topology="v6e:1x1", clock=1.75e9),
-  "7x": Chip(topology="tpu7x:1x1x1", clock=2.2e9, devices=2),
+  "v5e": Chip(topology="v5e:1x1", topology_of_4="v5e:2x2", clock=1.5e9),
+  "v5p": Chip(topology="v5p:1x1x1", topology_of_4="v5p:2x2x1", clock=1.75e9),
+  "v6e": Chip(topology="v6e:1x1", topology_of_4="v6e:2x2", clock=1.75e9),
+  "7x": Chip(
+    topology="tpu7x:1x1x1", topology_of_4="tpu7x:2x2x1", clock=2.2e9, devices=2
+  ),
 }
 
 
@@ -54,31 +58,48 @@ def device(chip: str):
   ).devices[0]
 
 
-def lower(function, arguments, device):
-  """Lowers `function` as if `device` were there.
+def lower_case(case, chip: str):
+  """Lowers a case's function as if its chip, or chips, were there.
 
   Args:
-    function: of arrays.
-    arguments: a tree of `jax.ShapeDtypeStruct`.
-    device: of `device`.
+    case: a `cases.Case`.
+    chip: a name of `CHIPS`.
 
   Returns:
     What `jax.jit(function).lower` returns; its `compile` runs the TPU's own
     compiler.
   """
   import jax
+  from jax.experimental import topologies
   from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-  sharding = SingleDeviceSharding(device)
-  arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    arguments,
-  )
+  function = jax.jit(case.function, donate_argnums=tuple(case.donated))
+  if case.num_chips > 1:
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=CHIPS[chip].topology_of_4
+    ).devices
+    shardings = case.shardings(case.arguments, devices)
+    # Each argument's mesh names the chip, so no other mesh is in use.
+    return function.trace(*_place(case.arguments, shardings)).lower()
+  one = device(chip)
+  shardings = jax.tree.map(lambda _: SingleDeviceSharding(one), case.arguments)
   # `pltpu.get_tpu_info` asks the mesh for its chip.
-  kind = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+  kind = AbstractDevice(one.device_kind, one.num_cores, "tpu")
   mesh = AbstractMesh((), (), abstract_device=kind)
   with jax.sharding.use_abstract_mesh(mesh):
-    return jax.jit(function).trace(*arguments).lower()
+    return function.trace(*_place(case.arguments, shardings)).lower()
+
+
+def _place(arguments, shardings):
+  import jax
+
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    tuple(arguments),
+    tuple(shardings),
+  )
 
 
 def info(device):
@@ -97,6 +118,13 @@ def set_environment(log_dir: str):
   os.environ.pop("TPU_LIBRARY_PATH", None)
 
 
+# How a compiled module's text calls a dtype.
+HLO_NAMES = {
+  "bfloat16": "bf16",
+  "float32": "f32",
+  "float8_e4m3fn": "f8e4m3fn",
+  "uint32": "u32",
+}
 _SHAPE = re.compile(r"= *(\w+)\[([\d,]*)\]\S* copy(?:-start)?\(")
 
 
