@@ -1,6 +1,6 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates one schedule: held-out loss, and recall of hidden facts.
+"""Evaluates one schedule: held-out loss, and long-context tasks.
 
 Claim: a schedule whose mean loss hardly moves can still lose what only a few
 tokens need, so both are measured: loss on text that no search saw, and the
@@ -9,7 +9,7 @@ answers to questions about facts hidden at chosen depths.
   python -m experiments.evaluate --schedule=uniform:2 --output_dir=runs/evaluate
 
 Expected on the embedded model, in about a minute on 2 CPU cores: all full has
-0.796 nats a token and finds every fact; uniform:2 has 0.939 and finds 9 %,
+0.796 nats a token and finds every fact; uniform:2 has 0.939 and finds 6 %,
 those next to the question.
 """
 
@@ -24,7 +24,7 @@ from absl import flags, logging
 
 import indexcache_jax as ic
 from experiments import common, inputs
-from indexcache_jax import evaluation, needles, text
+from indexcache_jax import evaluation, long_context_tasks, text
 
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/evaluate", "Where evaluation.json goes."
@@ -38,8 +38,19 @@ _SCHEDULE = flags.DEFINE_string(
 _NUM_TOKENS = flags.DEFINE_integer(
   "num_tokens", 16384, "Held-out tokens of the loss, about.", lower_bound=2
 )
-_NUM_NEEDLES = flags.DEFINE_integer(
-  "num_needles", 32, "Hidden facts to ask for; 0: none.", lower_bound=0
+_TASKS = flags.DEFINE_list(
+  "tasks",
+  ["needle"],
+  f"Any of {', '.join(long_context_tasks.TASKS)}.",
+)
+_LENGTHS = flags.DEFINE_list(
+  "lengths", [], "Of the tasks' sequences; default: the context."
+)
+_NUM_FACTS = flags.DEFINE_integer(
+  "num_facts",
+  32,
+  "Hidden facts to ask for, of a task and length; 0: none.",
+  lower_bound=0,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 4, "Sequences at a time; memory grows with it.", lower_bound=1
@@ -55,12 +66,12 @@ class Evaluation:
   Attributes:
     pattern: the schedule.
     loss: held-out, nats a token.
-    needles: None if none were asked for.
+    tasks: accuracies by task and length; empty if nothing was asked.
   """
 
   pattern: str
   loss: float
-  needles: evaluation.NeedleRecall | None
+  tasks: list[evaluation.TaskAccuracy]
 
 
 def main(argv):
@@ -69,14 +80,14 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   model, schedules = load()
   context, num_tokens = model.context, _NUM_TOKENS.value
-  num_needles = _NUM_NEEDLES.value
+  num_facts = _NUM_FACTS.value
   if inputs.SMOKE.value:
-    context, num_tokens, num_needles = inputs.CONTEXT.value or 128, 512, 2
+    context, num_tokens, num_facts = inputs.CONTEXT.value or 128, 512, 2
   tokens = inputs.held_out_tokens(model)
   batches = inputs.spread_batches(
     tokens, num_tokens, context, _BATCH_SIZE.value
   )
-  hidden = hide_facts(model, tokens, num_needles, context)
+  hidden = hide_facts(model, tokens, num_facts, context)
   evaluations = evaluate(model, schedules, batches, hidden)
   print(f"{model.name}, {batches.size:,} tokens, context {context:,}")
   print(table(evaluations))
@@ -85,7 +96,7 @@ def main(argv):
     "checkpoint": model.name,
     "context": context,
     "tokens": batches.size,
-    "num_needles": 0 if hidden is None else len(hidden.prompts),
+    "num_facts": num_facts if hidden else 0,
     "index_topk": model.config.index_topk,
     "seed": inputs.SEED.value,
     "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
@@ -111,26 +122,29 @@ def load():
   return inputs.load_model(schedules[0]), schedules
 
 
-def hide_facts(model, tokens, num_needles, context):
-  """Held-out windows with one fact each, or None.
+def hide_facts(model, tokens, num_facts, context):
+  """Batches of hidden facts by task and length.
 
   The facts are bytes, so a model with a tokenizer gets none.
   """
-  if not num_needles or model.encode is not text.encode_bytes:
-    return None
-  rng = np.random.default_rng(inputs.SEED.value)
-  depths = np.linspace(0, 1, min(_NUM_DEPTHS, num_needles))
-  fact = name, value = needles.random_fact(rng)
-  shortest = needles.needle_line(*fact) + needles.needle_question(name) + value
-  if context < len(shortest):
+  if not num_facts or model.encode is not text.encode_bytes:
+    return {}
+  return evaluation.task_batches(
+    long_context_tasks.parse_tasks(_TASKS.value),
+    tokens,
+    lengths=_lengths(context),
+    depths=np.linspace(0, 1, min(_NUM_DEPTHS, num_facts)).tolist(),
+    count=num_facts,
+    seed=inputs.SEED.value,
+  )
+
+
+def _lengths(context):
+  if not all(word.isdecimal() for word in _LENGTHS.value):
     raise ValueError(
-      "--context must hold a hidden fact, the question and the answer,"
-      f" {len(shortest)} tokens: got {context}. Or ask for none with"
-      " --num_needles=0."
+      f"--lengths must list numbers of tokens: got {_LENGTHS.value}."
     )
-  # The answer comes on top of the window.
-  windows = text.spread_windows(tokens, num_needles, context - len(value))
-  return needles.needle_batch(windows, rng, np.resize(depths, num_needles))
+  return [int(word) for word in _LENGTHS.value] or [context]
 
 
 def evaluate(model, schedules, batches, hidden):
@@ -145,44 +159,53 @@ def evaluate(model, schedules, batches, hidden):
     loss_fn = ic.LayerwiseLoss(model.config, model.params, batches)
   results = []
   for schedule in schedules:
-    recall = None
-    if hidden is not None:
-      recall = evaluation.needle_recall(
-        model.config.replace(schedule=schedule),
+    found = []
+    if hidden:
+      found = evaluation.task_accuracies(
+        model.config,
         model.params,
         hidden,
+        # One compiled model serves all schedules too.
+        schedule=None if model.config.schedule.num_shared else schedule,
         batch_size=_BATCH_SIZE.value,
       )
-    results.append(Evaluation(schedule.pattern, loss_fn(schedule), recall))
+    results.append(Evaluation(schedule.pattern, loss_fn(schedule), found))
   return results
 
 
 def as_json(entry):
   """One evaluation as evaluation.json has it."""
-  found = entry.needles
   return {
     "pattern": entry.pattern,
     "loss": entry.loss,
-    "needle_recall": None if found is None else found.exact,
-    "needle_recall_by_depth": None if found is None else found.by_depth,
+    "tasks": [
+      {
+        "task": found.task,
+        "length": found.length,
+        "count": found.count,
+        "exact": found.accuracy.exact,
+        "by_depth": found.accuracy.by_depth,
+      }
+      for found in entry.tasks
+    ],
   }
 
 
 def table(evaluations):
-  """One line a schedule, ready to print."""
-  width = max(len(entry.pattern) for entry in evaluations)
+  """One line a schedule, then one a task and length, ready to print."""
+  width = max(8, *(len(entry.pattern) for entry in evaluations))
   first = evaluations[0]
-  depths = [] if first.needles is None else first.needles.by_depth
-  lines = [f"{'schedule':<{max(width, 8)}}    loss   change"]
-  if depths:
-    lines[0] += "  needles" + "".join(f"  @{depth:.2f}" for depth, _ in depths)
+  lines = [f"{'schedule':<{width}}    loss   change"]
   for entry in evaluations:
-    line = f"{entry.pattern:<{max(width, 8)}}  {entry.loss:.4f}"
-    line += f"  {entry.loss - first.loss:+.4f}"
-    if entry.needles is not None:
-      line += f"  {entry.needles.exact:7.0%}"
-      line += "".join(f"  {share:5.0%}" for _, share in entry.needles.by_depth)
-    lines.append(line)
+    change = entry.loss - first.loss
+    lines.append(f"{entry.pattern:<{width}}  {entry.loss:.4f}  {change:+.4f}")
+  for place, asked in enumerate(first.tasks):
+    depths = "".join(f"  @{depth:.2f}" for depth, _ in asked.accuracy.by_depth)
+    lines += ["", f"{asked.task}, {asked.length} tokens{'':>{4}}all{depths}"]
+    for entry in evaluations:
+      found = entry.tasks[place].accuracy
+      shares = "".join(f"  {share:5.0%}" for _, share in found.by_depth)
+      lines.append(f"{entry.pattern:<{width}}  {found.exact:5.0%}{shares}")
   return "\n".join(lines)
 
 

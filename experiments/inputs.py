@@ -20,7 +20,9 @@ CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Hugging Face folder; default: the embedded small model."
 )
 TEXT = flags.DEFINE_multi_string(
-  "text", [], "Files or globs; default: this Python's standard library."
+  "text",
+  [],
+  "Files, folders or globs; default: this Python's standard library.",
 )
 CONTEXT = flags.DEFINE_integer(
   "context",
@@ -109,6 +111,17 @@ def text_files() -> list[pathlib.Path]:
   return text.standard_library_files()
 
 
+def split_bytes(
+  max_tokens: int | None = None,
+) -> tuple[Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
+  """Bytes of --text, split into (training, held out) as `split_tokens` does.
+
+  Args:
+    max_tokens: of either part at most; None: all.
+  """
+  return _split(text.encode_bytes, max_tokens)
+
+
 def held_out_tokens(model: Model) -> Int32[np.ndarray, " tokens"]:
   """Text that no training or calibration reads, see `split_tokens`."""
   return split_tokens(model)[1]
@@ -121,14 +134,15 @@ def split_tokens(
 
   By files where both parts get one; a single file is cut in the middle.
   """
+  return _split(model.encode, None)
+
+
+def _split(encode, max_tokens):
   files = text_files()
-  calibration, held_out = text.split_files(files)
-  if calibration and held_out:
-    return (
-      text.load_tokens(calibration, model.encode),
-      text.load_tokens(held_out, model.encode),
-    )
-  tokens = text.load_tokens(files, model.encode)
+  parts = text.split_files(files)
+  if all(parts):
+    return tuple(text.load_tokens(part, encode, max_tokens) for part in parts)
+  tokens = text.load_tokens(files, encode, max_tokens)
   half = len(tokens) // 2
   return tokens[:half], tokens[half:]
 

@@ -177,6 +177,35 @@ def small() -> SparseTransformerConfig:
   )
 
 
+def paper() -> SparseTransformerConfig:
+  """The byte-level model of `experiments.paper_runs`: 68M parameters [ours].
+
+  `index_topk` is 1/32 of the context that it is trained at, 8192. A latent row
+  has 128 columns, what both the sparse kernels and cuDNN's dense attention take
+  without padding.
+  """
+  return SparseTransformerConfig(
+    model_type="glm_moe_dsa",
+    vocab_size=256,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=8,
+    first_k_dense_replace=16,
+    q_lora_rank=256,
+    kv_lora_rank=96,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    index_topk=256,
+    index_n_heads=16,
+    index_head_dim=64,
+    rope=RopeConfig(rope_theta=1e6),
+    max_position_embeddings=8192,
+    initializer_range=0.03,
+  )
+
+
 def tiny() -> SparseTransformerConfig:
   """A few thousand parameters with every feature, for tests. All [ours]."""
   return SparseTransformerConfig(
@@ -216,6 +245,7 @@ PRESETS: Mapping[str, Callable[[], SparseTransformerConfig]] = {
     glm_5_2,
     glm_47_flash_dsa,
     small,
+    paper,
     tiny,
   )
 }

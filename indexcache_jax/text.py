@@ -22,6 +22,8 @@ Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[Iterable[int] | Int[np.ndarray, " tokens"]], str]
 
 _BYTE_VOCAB = 256
+# Of the files that are read where a folder is named.
+_SUFFIXES = (".md", ".py", ".rst", ".txt")
 # One file in this many is held out of training and calibration.
 _HELD_OUT_EVERY = 10
 
@@ -41,21 +43,34 @@ def standard_library_files() -> list[pathlib.Path]:
 
 
 def expand_files(patterns: Sequence[str]) -> list[pathlib.Path]:
-  """Files that match any of the globs, sorted; each pattern must match."""
+  """Files that match any of the globs, sorted; each pattern must match.
+
+  A folder stands for the files below it that end in .md, .py, .rst or .txt.
+  """
   found = set()
   for pattern in patterns:
     matches = [
-      pathlib.Path(match)
+      path
       for match in glob.glob(os.path.expanduser(pattern), recursive=True)
-      if os.path.isfile(match)
+      for path in _files_of(pathlib.Path(match))
     ]
     if not matches:
       raise ValueError(
-        f"`text` must name files or globs that exist: got {pattern!r}, which"
-        f" matches no file from {os.getcwd()!r}."
+        "`text` must name files, folders of text or globs that exist: got"
+        f" {pattern!r}, which matches no file from {os.getcwd()!r}."
       )
     found.update(matches)
   return sorted(found)
+
+
+def _files_of(path):
+  if path.is_file():
+    return [path]
+  return [
+    below
+    for below in path.rglob("*")
+    if below.suffix in _SUFFIXES and below.is_file()
+  ]
 
 
 def split_files(

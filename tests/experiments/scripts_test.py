@@ -10,13 +10,12 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl import flags
 from absl.testing import absltest
 
 import indexcache_jax as ic
 
 # Scripts share names of flags, so one process can import one of them.
-from experiments import plots, train
+from experiments import plots, training_loop
 from indexcache_jax import training
 from tests.indexcache import checkpoints_toy, toy
 
@@ -152,10 +151,20 @@ class EvaluateTest(ScriptCase):
     # Sharing costs this model much, above all where facts lie far back.
     self.assertBetween(full["loss"], 0.3, 1.5)
     self.assertGreater(report["loss_change"], 0.02)
-    self.assertEqual(full["needle_recall"], 1.0)
-    self.assertEqual(full["needle_recall_by_depth"], [[0.0, 1.0], [1.0, 1.0]])
-    self.assertLess(shared["needle_recall"], 1.0)
-    self.assertEqual([report["tokens"], report["num_needles"]], [512, 2])
+    [asked] = full["tasks"]
+    self.assertEqual(
+      asked,
+      {
+        "task": "needle",
+        "length": 128,
+        "count": 2,
+        "exact": 1.0,
+        "by_depth": [[0.0, 1.0], [1.0, 1.0]],
+      },
+    )
+    self.assertLess(shared["tasks"][0]["exact"], 1.0)
+    self.assertEqual([report["tokens"], report["num_facts"]], [512, 2])
+    self.assertIn("needle, 128 tokens", done.stdout)
     for pattern in (full["pattern"], shared["pattern"]):
       self.assertIn(pattern, done.stdout)
 
@@ -181,7 +190,8 @@ class EvaluateTest(ScriptCase):
     for args, message in (
       (["--schedule=foo"], "`schedule` must be a pattern .*got 'foo'"),
       (["--schedule=FSSF"], "4 letters .'FSSF'. for num_layers=12"),
-      (["--smoke", "--context=40"], "hold a hidden fact.*5. tokens: got 40"),
+      (["--smoke", "--context=40"], "'needle' must hold .*51 tokens.*got 36"),
+      (["--smoke", "--tasks=foo"], "`tasks` must name any of needle.*'foo'"),
       (["rest"], "flags only"),
     ):
       self.assert_refuses("evaluate", args, message)
@@ -276,32 +286,55 @@ _INTERRUPTED_TRAINING = """
 import pathlib, sys
 from unittest import mock
 import jax, numpy as np
-from absl import flags
-from experiments import train
+from experiments import training_loop
 from indexcache_jax import training
 from tests.experiments import scripts_test
 
-flags.FLAGS(["train", "--save_every=2"])
 folder = pathlib.Path(sys.argv[1])
 arguments = scripts_test.small_training()
-whole = train.run(*arguments, folder / "whole")
+whole = training_loop.run(*arguments, folder / "whole")
 
 check_finite = training.check_finite
 steps = []
-def interrupt(step, metrics, state):
+def interrupt(step, metrics):
   steps.append(step)
-  check_finite(step, metrics, state)
+  check_finite(step, metrics)
   if len(steps) == 4:  # In step 3, two after the save of steps 0 and 1.
     raise KeyboardInterrupt
 
 with mock.patch.object(training, "check_finite", interrupt):
   try:
-    train.run(*arguments, folder / "broken")
+    training_loop.run(*arguments, folder / "broken", save_every=2)
   except KeyboardInterrupt:
     print("interrupted")
-  resumed = train.run(*arguments, folder / "broken")
+  resumed = training_loop.run(*arguments, folder / "broken", save_every=2)
 print(steps, int(resumed.step))
 jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+# Out of time in every step.
+reached = []
+while not reached or reached[-1] < 6:
+  state = training_loop.run(*arguments, folder / "late", deadline=0.0)
+  reached.append(int(state.step))
+print(reached)
+jax.tree.map(np.testing.assert_array_equal, state, whole)
+"""
+
+# Prints the losses of a training over the devices that there are.
+_TRAINING_LOSSES = """
+import dataclasses, json, pathlib, sys
+from experiments import training_loop
+from tests.experiments import scripts_test
+
+config, train, tokens = scripts_test.small_training()
+config = config.replace(num_hidden_layers=1)
+train = dataclasses.replace(
+  train, batch_size=4, accumulation=2, dense_steps=0, warmup_steps=0
+)
+folder = pathlib.Path(sys.argv[1])
+training_loop.run(config, train, tokens, folder)
+lines = (folder / "log.jsonl").read_text().splitlines()
+print(json.dumps([json.loads(line)["loss"] for line in lines]))
 """
 
 
@@ -321,8 +354,6 @@ def small_training():
 class TrainTest(ScriptCase):
   def setUp(self):
     super().setUp()
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()
     self.config, self.train, self.tokens = small_training()
 
   def run_training(self, folder, **changes):
@@ -332,18 +363,40 @@ class TrainTest(ScriptCase):
       "tokens": self.tokens,
       "output_dir": self.folder / folder,
     } | changes
-    return train.run(**arguments)
+    return training_loop.run(**arguments)
 
   def test_an_interrupted_run_goes_on_bit_for_bit(self):
     done = run_python("-c", _INTERRUPTED_TRAINING, str(self.folder))
     self.assert_succeeds(done)
     self.assertEqual(
-      done.stdout.splitlines(), ["interrupted", "[0, 1, 2, 3, 2, 3, 4, 5] 6"]
+      done.stdout.splitlines(),
+      ["interrupted", "[0, 1, 2, 3, 2, 3, 4, 5] 6", "[1, 2, 3, 4, 5, 6]"],
     )
+    for name in ("whole", "broken", "late"):
+      lines = (self.folder / name / "log.jsonl").read_text().splitlines()
+      self.assertEqual(
+        [json.loads(line)["step"] for line in lines], list(range(6)), name
+      )
+
+  def test_devices_share_a_step(self):
+    losses = []
+    for num_devices in (1, 2):
+      done = run_python(
+        "-c",
+        _TRAINING_LOSSES,
+        str(self.folder / str(num_devices)),
+        num_devices=num_devices,
+      )
+      self.assert_succeeds(done)
+      losses.append(json.loads(done.stdout.splitlines()[-1]))
+    self.assertLen(losses[0], 2)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
   def test_refuses_to_resume_other_settings(self):
     settings = self.folder / "run" / "settings.json"
-    train._check_same_run(settings.parent, self.config, self.train, self.tokens)
+    training_loop._check_same_run(
+      settings.parent, self.config, self.train, self.tokens, None
+    )
     before = settings.read_text()
     for changes, message in (
       (
@@ -351,25 +404,34 @@ class TrainTest(ScriptCase):
         "schedule=FS there and FF here",
       ),
       ({"tokens": self.tokens[:-1]}, "text=500 tokens.* and 499 tokens"),
+      ({"origin": "base"}, "origin=None there and base here"),
     ):
       with self.assertRaisesRegex(ValueError, f"new: got .*run, .*{message}"):
         self.run_training("run", **changes)
     self.assertEqual(settings.read_text(), before)
 
   def test_stops_at_the_step_that_is_not_finite(self):
-    def spoil(config, train, stage, state, tokens):
-      bad = jax.tree.map(lambda x: x + np.nan, state.params)
-      return state.replace(params=bad), training.Metrics(np.nan, 0.0, 1.0)
+    def spoil(config, train, stage, state, tokens, mesh):
+      is_finite = {"norm": {"scale": False}, "lm_head": {"kernel": True}}
+      return state, training.Metrics(np.nan, 0.0, 1.0, is_finite)
 
     with (
       mock.patch.object(training, "train_step", spoil),
-      self.assertRaisesRegex(FloatingPointError, "at step 0 got loss=nan"),
+      self.assertRaisesRegex(
+        FloatingPointError, "at step 0 got loss=nan.*finite: norm/scale."
+      ),
     ):
       self.run_training("nan")
+    # Nothing of it is saved.
+    self.assertEmpty(list((self.folder / "nan" / "state").glob("[0-9]*")))
 
   def test_smoke_writes_a_checkpoint_that_loads(self):
     done = run(
-      "train", "--smoke", "--schedule=uniform:2", f"--output_dir={self.folder}"
+      "train",
+      "--smoke",
+      "--schedule=uniform:2",
+      "--mixture=text,variables:2",
+      f"--output_dir={self.folder}",
     )
     self.assert_succeeds(done)
     config, params = ic.load_checkpoint(
@@ -380,6 +442,17 @@ class TrainTest(ScriptCase):
       all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     )
     self.assertLen(list((self.folder / "tensorboard").iterdir()), 1)
+
+  def test_refuses_bad_flags(self):
+    for args, message in (
+      (["--mixture=prose"], "`mixture` must give shares .*got 'prose:1'"),
+      (["--max_minutes=0"], "--max_minutes must be above 0: got 0"),
+      (["--batch_size=3", "--accumulation=2"], "`accumulation` must divide"),
+      (["--smoke", f"--text={self.folder}"], "`text` must name files, folders"),
+    ):
+      self.assert_refuses(
+        "train", [*args, f"--output_dir={self.folder}"], message
+      )
 
 
 class ScheduleFlagTest(absltest.TestCase):
@@ -422,7 +495,19 @@ class PlotsTest(ScriptCase):
       for share in (0.5, 0.25)
     ]
     plots.losses_by_retention(self.folder / "loss.png", rows, 0.7)
-    self.assertTrue((self.folder / "loss.png").read_bytes().startswith(_PNG))
+    plots.curves_by_retention(
+      self.folder / "curves.png",
+      {"uniform": [(1.0, 0.5, None), (0.25, 0.4, 0.1)]},
+      label="accuracy",
+    )
+    plots.bars(
+      self.folder / "bars.png",
+      {"full": (0.5, 0.1), "uniform 1/2": (0.4, None)},
+      label="accuracy",
+    )
+    for name in ("loss", "curves", "bars"):
+      path = self.folder / f"{name}.png"
+      self.assertTrue(path.read_bytes().startswith(_PNG), name)
     self.assertEmpty(list(self.folder.rglob("*.tmp")))
 
 

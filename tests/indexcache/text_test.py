@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from absl.testing import absltest
 
-from indexcache_jax import needles, text
+from indexcache_jax import text
 
 
 def temporary_folder(test):
@@ -40,6 +40,13 @@ class FilesTest(absltest.TestCase):
       (folder / name).write_text(name)
     found = text.expand_files([str(folder / "*.txt")])
     self.assertEqual([path.name for path in found], ["a.txt", "b.txt"])
+    (folder / "below").mkdir()
+    (folder / "below" / "d.py").write_text("d")
+    (folder / "below" / "e.bin").write_bytes(b"e")
+    found = text.expand_files([str(folder)])
+    self.assertEqual(
+      [path.name for path in found], ["a.txt", "b.txt", "d.py", "c.md"]
+    )
     with self.assertRaisesRegex(ValueError, "matches no file"):
       text.expand_files([str(folder / "*.rst")])
 
@@ -103,36 +110,6 @@ class TokensTest(absltest.TestCase):
       self.assertRaisesRegex(ValueError, "pip install tokenizers"),
     ):
       text.load_decoder(folder, 256)
-
-
-class NeedlesTest(absltest.TestCase):
-  def test_every_question_has_its_fact_before_it(self):
-    rng = np.random.default_rng(0)
-    window = np.full(400, ord("x"), np.int32)
-    hidden = needles.hide_needles(window, rng, 3)
-    self.assertLen(hidden, 400)
-    content = text.decode_bytes(hidden)
-    lines = [line for line in content.split("\n") if line.startswith("# the")]
-    lines = [line.rstrip("x") for line in lines]
-    self.assertLen(lines, 6)
-    self.assertCountEqual(lines[:3], lines[3:])
-
-  def test_needles_must_fit(self):
-    with self.assertRaisesRegex(ValueError, "9 of 28 bytes each for 300"):
-      needles.hide_needles(np.zeros(300, np.int32), np.random.default_rng(0), 9)
-
-  def test_batch_hides_at_the_depth(self):
-    windows = np.full((2, 200), ord("x"), np.int32)
-    batch = needles.needle_batch(
-      windows, np.random.default_rng(0), np.array([0.0, 1.0])
-    )
-    self.assertEqual(batch.prompts.shape, (2, 200))
-    for row, place in ((0, 0), (1, 200 - 23 - 28)):
-      content = text.decode_bytes(batch.prompts[row])
-      self.assertEqual(content.index("\n# the code of"), place)
-      answer = text.decode_bytes(batch.answers[row])
-      self.assertIn(f"is {answer}\n", content)
-      self.assertTrue(content.endswith(" is "))
 
 
 if __name__ == "__main__":
