@@ -6,13 +6,17 @@ Claim (IndexCache, arXiv 2603.12201, table 1, a 30B model on H100s): at 200K
 tokens, a quarter of the indexers gives 1.82x the time to first token and 1.48x
 the speed of generation.
 
-  python -m experiments.bench_inference --contexts=10000,60000,120000,200000
+  python -m experiments.profile_layer --output_dir=runs/inference
+  python -m experiments.bench_inference --profile=runs/inference/profile.jsonl
 
-Random weights; the work does not depend on their values, and the load of the
-experts is reported. Beside each ratio stands the most that Amdahl's law allows
-for the indexer's share, which is measured apart, on one layer.
+Random weights; the work does not depend on their values, once the experts share
+the tokens as a trained router's do: their load is reported. Beside each ratio
+stands the most that Amdahl's law allows: the speed-up if the kernel time of the
+removed indexers alone went away.
 """
 
+import concurrent.futures
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -24,8 +28,8 @@ import numpy as np
 from absl import flags, logging
 
 import indexcache_jax as ic
-from experiments import common, random_model
-from indexcache_jax import generation, op_times, presets
+from experiments import common, inference_report, random_model
+from indexcache_jax import costs, generation, presets
 
 _PRESET = flags.DEFINE_enum(
   "preset", "glm_47_flash_dsa", sorted(presets.PRESETS), "The model."
@@ -42,20 +46,33 @@ _SCHEDULES = flags.DEFINE_list(
   "full, the paper's searched 1/2, 1/4 and 1/8 of 47 layers, or what"
   " --schedule of the other scripts takes.",
 )
+_KEY_DTYPES = flags.DEFINE_list(
+  "index_key_dtypes",
+  ["bfloat16"],
+  "Dtypes of the index keys, each a series of its own: bfloat16 (the model's"
+  " dtype), float8_e4m3fn.",
+)
 _CHUNK_SIZE = flags.DEFINE_integer(
-  "chunk_size", 5000, "Tokens of a prefill chunk.", lower_bound=1
+  "chunk_size", 10000, "Tokens of a prefill chunk.", lower_bound=1
 )
 _NEW_TOKENS = flags.DEFINE_integer(
   "new_tokens", 64, "Generated tokens that are timed.", lower_bound=1
 )
-_MAX_BATCH = flags.DEFINE_integer(
-  "max_batch", 0, "Also generate for as many requests as fit, at most these."
+_BATCH_CONTEXTS = flags.DEFINE_list(
+  "batch_contexts", [], "Also generate for as many requests as fit, at these."
 )
-_PHASES = flags.DEFINE_list(
-  "phases", ["prefill", "decode", "shares"], "What to measure."
+_MAX_BATCH = flags.DEFINE_integer(
+  "max_batch", 64, "Requests at most.", lower_bound=1
+)
+_PHASES = flags.DEFINE_list("phases", ["prefill", "decode"], "What to measure.")
+_PROFILE = flags.DEFINE_string(
+  "profile", None, "profile.jsonl of profile_layer, for Amdahl's limit."
+)
+_JOBS = flags.DEFINE_integer(
+  "compile_jobs", 1, "Programs compiled at the same time.", lower_bound=1
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  "output_dir", "runs/inference", "Where inference.jsonl goes."
+  "output_dir", "runs/inference", "Where inference.jsonl, .md and .png go."
 )
 
 # Appendix B of the paper.
@@ -64,7 +81,7 @@ PAPER_PATTERNS = {
   "1/4": "FSFSFSSSSFSSSFSSFFSSFSSFSSSSFSSSFSSSSFSSSSSSSSS",
   "1/8": "FSSSFSSSSSSSSFSSSFSSSSSFSSSSFSSSSSSSSFSSSSSSSSS",
 }
-# Bytes that a batch of caches leaves free for activations.
+# Bytes that caches leave free for activations and what XLA compiles.
 _ACTIVATION_BYTES = 6 << 30
 
 
@@ -79,32 +96,58 @@ def main(argv):
       schedule=ic.ReuseSchedule.all_full(_LAYERS.value),
     )
   contexts = sorted(map(int, _CONTEXTS.value))
-  schedules = {
-    name: parse_schedule(name, config.num_hidden_layers)
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  log = Log(folder / "inference.jsonl")
+  series = [
+    Series(name, key_dtype, series_config(config, name, key_dtype))
+    for key_dtype in _KEY_DTYPES.value
     for name in _SCHEDULES.value
-  }
-  log = Log(pathlib.Path(_OUTPUT_DIR.value) / "inference.jsonl")
-  if "shares" in _PHASES.value:
-    for context in contexts:
-      measure_shares(config, context, log)
-  begin = time.perf_counter()
-  params = jax.block_until_ready(random_model.random_params(config))
-  log.add(
-    metric="parameters",
-    bytes=sum(x.nbytes for x in jax.tree.leaves(params)),
-    seconds=time.perf_counter() - begin,
-  )
-  if config.n_routed_experts:
-    loads = random_model.expert_loads(config, params)
-    log.add(
-      metric="expert_load_over_mean",
-      mean=float(loads.mean()),
-      max=float(loads.max()),
+  ]
+  profile = inference_report.read_profile(_PROFILE.value)
+  params = make_params(config, log)
+  compile_all(series, params, contexts, log)
+  for one in series:
+    Bench(one, params, log).run(contexts)
+    inference_report.write(folder, log.records, profile)
+  print(inference_report.table(log.records, profile))
+  print(f"\n{inference_report.indexer_table(log.records)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+  """A schedule and a dtype of the index keys.
+
+  Attributes:
+    name: of the schedule.
+    key_dtype: of the index keys, by name.
+    config: of the model under both.
+  """
+
+  name: str
+  key_dtype: str
+  config: ic.SparseTransformerConfig
+
+  @property
+  def labels(self) -> dict:
+    """What its records have in common."""
+    return {
+      "schedule": self.name,
+      "num_full": self.config.schedule.num_full,
+      "index_keys": self.key_dtype,
+    }
+
+
+def series_config(config, name: str, key_dtype: str):
+  """The model under a schedule, with index keys of a dtype."""
+  if key_dtype not in ("bfloat16", "float8_e4m3fn"):
+    raise ValueError(
+      "`--index_key_dtypes` must be bfloat16 or float8_e4m3fn: got"
+      f" {key_dtype!r}."
     )
-  for name, schedule in schedules.items():
-    bench = Bench(config.replace(schedule=schedule), params, name, log)
-    bench.run(contexts)
-  print(summary(log.records))
+  return config.replace(
+    schedule=parse_schedule(name, config.num_hidden_layers),
+    index_key_dtype=jnp.float8_e4m3fn if key_dtype[0] == "f" else None,
+  )
 
 
 def parse_schedule(name: str, num_layers: int) -> ic.ReuseSchedule:
@@ -118,6 +161,91 @@ def parse_schedule(name: str, num_layers: int) -> ic.ReuseSchedule:
       f" got a model of {num_layers}. Give a pattern, uniform:N or freq:N."
     )
   return ic.ReuseSchedule.from_pattern(pattern)
+
+
+def make_params(config, log: "Log") -> dict:
+  """Random parameters of the all-full model, for every schedule."""
+  begin = time.perf_counter()
+  params = jax.block_until_ready(random_model.random_params(config))
+  log.add(
+    metric="parameters",
+    bytes=sum(x.nbytes for x in jax.tree.leaves(params)),
+    seconds=time.perf_counter() - begin,
+  )
+  if config.n_routed_experts:
+    begin = time.perf_counter()
+    params, loads = random_model.balance_experts(config, params)
+    log.add(
+      metric="expert_load_over_mean",
+      mean=float(loads.mean()),
+      max=float(loads.max()),
+      seconds=time.perf_counter() - begin,
+    )
+  return params
+
+
+def compile_all(series, params, contexts, log: "Log") -> None:
+  """Compiles each series' programs, some at a time, into JAX's cache."""
+  if _JOBS.value == 1:
+    return
+  if not jax.config.jax_compilation_cache_dir:
+    raise ValueError(
+      "`--compile_jobs` above 1 hands programs over through JAX's compilation"
+      " cache: got none. Set JAX_COMPILATION_CACHE_DIR to a folder."
+    )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  lowered = [
+    program
+    for one in series
+    for program in lower_programs(one.config, params, contexts)
+  ]
+  begin = time.perf_counter()
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+    list(pool.map(lambda program: program.compile(), lowered))
+  log.add(
+    metric="compile_all",
+    programs=len(lowered),
+    jobs=_JOBS.value,
+    seconds=time.perf_counter() - begin,
+  )
+
+
+def lower_programs(config, params, contexts) -> list:
+  """A chunk of prefill and a block of decoding, lowered for one request."""
+  model = ic.SparseTransformer(config)
+  cache = jax.eval_shape(
+    lambda: ic.init_cache(config, 1, cache_capacity(contexts))
+  )
+
+  def int32(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.int32)
+
+  state = generation.DecodeState(
+    jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
+    cache,
+    jax.ShapeDtypeStruct((1,), bool),
+    int32(),
+  )
+  programs = []
+  if "prefill" in _PHASES.value:
+    programs.append(
+      generation.extend.lower(
+        model, params, int32(1, _CHUNK_SIZE.value), int32(1), cache
+      )
+    )
+  if "decode" in _PHASES.value:
+    programs.append(
+      generation.decode_block.lower(
+        model, params, state, jax.random.key(0), None, int32(0), int32()
+      )
+    )
+  return programs
+
+
+def cache_capacity(contexts: list[int]) -> int:
+  """Tokens of the cache: the longest prompt, what is generated, in chunks."""
+  chunk = _CHUNK_SIZE.value
+  return -(-(contexts[-1] + 2 * _NEW_TOKENS.value) // chunk) * chunk
 
 
 class Log:
@@ -149,44 +277,30 @@ class Log:
     common.write_text(self._path, "\n".join(lines) + "\n")
 
 
-def measure_shares(config, context: int, log: Log) -> None:
-  """One layer's op times at the end of a prompt, in prefill and decode."""
-  for phase, num_tokens in (
-    ("prefill", min(_CHUNK_SIZE.value, context)),
-    ("decode", 1),
-  ):
-    times = op_times.measure_op_times(
-      config, num_tokens=num_tokens, context=context
-    )
-    log.add(
-      metric="op_times",
-      phase=phase,
-      context=context,
-      num_tokens=num_tokens,
-      indexer_ms=times.indexer * 1e3,
-      attention_ms=times.attention * 1e3,
-      rest_ms=times.rest * 1e3,
-      constant_ms=times.constant * 1e3,
-    )
-
-
 class Bench:
   """A model under one schedule, with its two compiled programs."""
 
-  def __init__(self, config, params, name: str, log: Log):
+  def __init__(self, series: Series, params, log: Log):
     """Keeps what the runs share."""
-    self._config = config
+    self._config = series.config
+    self._labels = series.labels
     self._params = params
-    self._model = ic.SparseTransformer(config)
-    self._name = name
+    self._model = ic.SparseTransformer(series.config)
     self._log = log
 
   def run(self, contexts: list[int]) -> None:
     """Prefills and generates at each context, longest last."""
     config, chunk = self._config, _CHUNK_SIZE.value
-    capacity = -(-(contexts[-1] + 2 * _NEW_TOKENS.value) // chunk) * chunk
-    cache = ic.init_cache(config, 1, capacity)
-    self._add("cache", bytes=cache.num_bytes, capacity=capacity)
+    cache = ic.init_cache(config, 1, cache_capacity(contexts))
+    token_bytes = costs.schedule_costs(config, context=1).cache_bytes
+    self._add(
+      "cache",
+      bytes=cache.num_bytes,
+      capacity=cache.capacity,
+      bytes_per_token=cache.num_bytes / cache.capacity,
+      computed_bytes_per_token=token_bytes,
+      longest_context=self._free_bytes() // token_bytes,
+    )
     logits = None
     if "prefill" in _PHASES.value:
       begin = time.perf_counter()
@@ -206,11 +320,16 @@ class Bench:
         logits = jnp.zeros((1, config.vocab_size), jnp.float32)
       self._decode_all(contexts, logits, cache)
       del cache
-      if _MAX_BATCH.value:
-        self._decode_batches(contexts)
+      self._decode_batches(sorted(map(int, _BATCH_CONTEXTS.value)))
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       self._add("peak", bytes=stats["peak_bytes_in_use"])
+
+  def _free_bytes(self):
+    """Bytes for caches beside the parameters and a chunk's activations."""
+    stats = jax.devices()[0].memory_stats() or {}
+    held = sum(x.nbytes for x in jax.tree.leaves(self._params))
+    return max(stats.get("bytes_limit", 0) - held - _ACTIVATION_BYTES, 0)
 
   def _prefill(self, cache, context):
     """Time to first token is that of all chunks."""
@@ -230,6 +349,7 @@ class Bench:
     """The rows before a context are there: only its length is set back."""
     for place, context in enumerate(contexts):
       lengths = jnp.full_like(cache.lengths, context)
+      batch = int(lengths.shape[0])
       state = generation.DecodeState(
         logits,
         cache.replace(lengths=lengths),
@@ -239,16 +359,18 @@ class Bench:
       begin = time.perf_counter()
       state = self._decode(state, 1)
       if place == 0:
-        self._add("decode_compile", seconds=time.perf_counter() - begin)
+        self._add(
+          "decode_compile", batch=batch, seconds=time.perf_counter() - begin
+        )
       begin = time.perf_counter()
       state = self._decode(state, _NEW_TOKENS.value)
       seconds = time.perf_counter() - begin
       self._add(
         "decode",
         context=context,
-        batch=int(lengths.shape[0]),
+        batch=batch,
         ms_per_token=seconds / _NEW_TOKENS.value * 1e3,
-        tokens_per_second=lengths.shape[0] * _NEW_TOKENS.value / seconds,
+        tokens_per_second=batch * _NEW_TOKENS.value / seconds,
       )
       logits, cache = state.logits, state.cache
 
@@ -272,79 +394,20 @@ class Bench:
   def _decode_batches(self, contexts):
     """As many requests as fit, each with a cache of its own."""
     config = self._config
-    stats = jax.devices()[0].memory_stats() or {}
+    token_bytes = costs.schedule_costs(config, context=1).cache_bytes
     for context in contexts:
-      one = jax.eval_shape(
-        lambda c=context: ic.init_cache(config, 1, c + 2 * _NEW_TOKENS.value)
-      )
-      size = sum(
-        x.size * x.dtype.itemsize for x in (*one.kv_latent, *one.index_keys)
-      )
-      free = stats.get("bytes_limit", 0) - sum(
-        x.nbytes for x in jax.tree.leaves(self._params)
-      )
-      batch = int(min(_MAX_BATCH.value, (free - _ACTIVATION_BYTES) // size))
+      capacity = context + 2 * _NEW_TOKENS.value
+      fits = self._free_bytes() // (token_bytes * capacity)
+      batch = int(min(_MAX_BATCH.value, fits))
       if batch < 1:
         continue
-      cache = ic.init_cache(config, batch, context + 2 * _NEW_TOKENS.value)
+      cache = ic.init_cache(config, batch, capacity)
       cache = random_model.random_cache(cache, context)
       logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
       self._decode_all([context], logits, cache)
 
   def _add(self, metric, **record):
-    self._log.add(
-      schedule=self._name,
-      num_full=self._config.schedule.num_full,
-      metric=metric,
-      **record,
-    )
-
-
-def summary(records: list[dict]) -> str:
-  """Ratios to the all-full schedule, with Amdahl's limit for each."""
-  lines = []
-  for metric, value in (("prefill", "seconds"), ("decode", "ms_per_token")):
-    times = {
-      (r["schedule"], r["context"]): (r[value], r["num_full"])
-      for r in records
-      if r["metric"] == metric and r.get("batch", 1) == 1
-    }
-    for (name, context), (taken, num_full) in times.items():
-      base = times.get(("full", context))
-      if base is None:
-        continue
-      limit = amdahl_limit(records, metric, context, base, num_full)
-      lines.append(
-        f"| {metric} | {context} | {name} | {taken:.4g} {value} |"
-        f" {base[0] / taken:.3g}x | {limit:.3g}x |"
-      )
-  head = "| phase | context | schedule | time | speed-up | Amdahl's limit |"
-  return "\n".join([head, "|---|---|---|---|---|---|", *lines])
-
-
-def amdahl_limit(records, metric, context, base, num_full) -> float:
-  """The speed-up if the removed indexers' time alone went away.
-
-  An indexer's time in a chunk grows with its position, so a prefill's is the
-  integral over the positions that were measured.
-  """
-  points = sorted(
-    (r["context"], r["indexer_ms"], r["num_tokens"])
-    for r in records
-    if r["metric"] == "op_times" and r["phase"] == metric
-  )
-  seconds, layers = base
-  if not points:
-    return float("nan")
-  places, times, num_tokens = map(np.array, zip(*points, strict=True))
-  if metric == "decode":
-    indexer = np.interp(context, places, times)
-  else:
-    chunk = _CHUNK_SIZE.value
-    ends = np.arange(chunk, context + 1, chunk)
-    per_token = times / num_tokens * chunk
-    indexer = np.interp(ends, [0, *places], [0, *per_token]).sum() / 1e3
-  return float(seconds / (seconds - (layers - num_full) * indexer))
+    self._log.add(**self._labels, metric=metric, **record)
 
 
 if __name__ == "__main__":

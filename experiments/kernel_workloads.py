@@ -54,7 +54,7 @@ def workloads() -> list[Workload]:
     *_sparse_mla_backward(),
     *_selected_scores(),
     *_dense_attention(),
-    *_grouped_matmul(),
+    *_expert_mlp(),
   ]
 
 
@@ -285,7 +285,7 @@ _SPARSE_MLA = {
   "4096x131072 128 heads": (1, 4096, 131072, 128),
   "4096x131072 64 heads": (1, 4096, 131072, 64),
   "4096x131072 20 heads": (1, 4096, 131072, 20),
-  "512x1048576 64 heads": (1, 512, 1048576, 64),
+  "4096x1048576 64 heads": (1, 4096, 1048576, 64),
   "decode b1 131072 64 heads": (1, 1, 131072, 64),
   "decode b8 131072 64 heads": (8, 1, 131072, 64),
   "decode b64 131072 64 heads": (64, 1, 131072, 64),
@@ -513,37 +513,49 @@ def _dense_attention():
   ]
 
 
-def _grouped_matmul():
+def _expert_mlp():
+  experts, choices, width, inner = 64, 4, 2048, 1536
+
   def make(key, tokens):
-    keys = jax.random.split(key, 3)
-    sizes = jax.random.multinomial(keys[2], 4 * tokens, jnp.full(64, 1 / 64))
+    keys = jax.random.split(key, 5)
+    # Every expert gets as many rows as another.
+    chosen = jnp.arange(tokens * choices, dtype=jnp.int32) % experts
+    matrix = inner**-0.5 * _normal(keys[0], (3, experts, width, inner))
     return (
-      _normal(keys[0], (4 * tokens, 2048)),
-      _normal(keys[1], (64, 2048, 1536)),
-      sizes.astype(jnp.int32),
+      _normal(keys[1], (tokens, width)),
+      chosen.reshape(tokens, choices),
+      jax.random.uniform(keys[2], (tokens, choices)),
+      matrix[0],
+      matrix[1],
+      matrix[2].swapaxes(1, 2),
     )
 
   def check(args, out):
-    rows, matrices, sizes = args
-    expected = pk.grouped_matmul(
-      rows.astype(jnp.float32),
-      matrices.astype(jnp.float32),
-      sizes,
+    rows, chosen, weights, *matrices = args
+    few = slice(0, 8)
+    expected = pk.expert_mlp(
+      rows[few].astype(jnp.float32),
+      chosen[few],
+      weights[few],
+      *(x.astype(jnp.float32) for x in matrices),
       implementation="xla",
     )
-    return _relative_error(out, expected)
+    return _relative_error(out[few], expected)
 
-  return [
-    Workload(
-      op="grouped_matmul",
-      name=f"{tokens} tokens, 64 experts 2048x1536",
+  def workload(tokens):
+    expert = 3 * width * inner
+    is_few = tokens <= 64
+    read = min(tokens * choices, experts) * expert * 2
+    return Workload(
+      op="expert_mlp",
+      name=f"{tokens} tokens, 4 of 64 experts 2048x1536",
       make=functools.partial(make, tokens=tokens),
-      function=pk.grouped_matmul,
+      function=pk.expert_mlp,
       error=check,
-      tolerance=4e-3,
-      work=2 * 4 * tokens * 2048 * 1536,
-      unit="TFLOP/s",
-      ceiling="bfloat16",
+      tolerance=1e-2,
+      work=read if is_few else 2 * tokens * choices * expert,
+      unit="TB/s" if is_few else "TFLOP/s",
+      ceiling="copy" if is_few else "bfloat16",
     )
-    for tokens in (1, 64, 4096)
-  ]
+
+  return [workload(tokens) for tokens in (1, 16, 64, 5000)]

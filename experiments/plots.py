@@ -89,15 +89,126 @@ def losses_by_retention(
   axes.axhline(
     baseline_loss, color="black", linestyle="--", linewidth=1, label="all full"
   )
-  axes.set_xscale("log", base=2)
-  axes.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
-  axes.minorticks_off()
-  axes.set_xlabel("share of indexers kept")
+  _retention_axis(axes)
   axes.set_ylabel("held-out loss (nats a token)")
   axes.set_title("Held-out loss by share of indexers kept")
   axes.grid(alpha=0.3)
   axes.legend()
   _write(path, figure)
+
+
+def inference(
+  path: pathlib.Path,
+  times: Mapping[str, Mapping[tuple[str, str, int], tuple[float, int]]],
+) -> None:
+  """Draws prefill seconds and milliseconds a token over the context.
+
+  Args:
+    path: of the PNG.
+    times: by phase ("prefill", "decode"); then by dtype of the index keys,
+      schedule and context: time and number of full layers.
+  """
+  figure = figure_lib.Figure(figsize=(11, 4.5), layout="constrained")
+  labels = {"prefill": "seconds to first token", "decode": "ms a token"}
+  for place, (phase, label) in enumerate(labels.items(), start=1):
+    axes = figure.add_subplot(1, 2, place)
+    found = times.get(phase, {})
+    series = dict.fromkeys((keys, name) for keys, name, _ in found)
+    for (keys, name), marker in zip(
+      series, itertools.cycle(_MARKERS), strict=False
+    ):
+      points = sorted(
+        (context / 1000, taken)
+        for (*kind, context), (taken, _) in found.items()
+        if kind == [keys, name]
+      )
+      axes.plot(
+        *zip(*points, strict=True),
+        marker=marker,
+        label=f"{name}, {keys} index keys",
+        alpha=0.85,
+      )
+    axes.set_xlabel("context (thousand tokens)")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if series:
+      axes.legend()
+  _write(path, figure)
+
+
+def curves_by_retention(
+  path: pathlib.Path,
+  curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
+  *,
+  label: str,
+) -> None:
+  """Draws a curve a rule over the share of indexers kept.
+
+  Args:
+    path: of the PNG.
+    curves: by rule, points of (share, mean, spread), the spread None for one
+      seed.
+    label: what is drawn.
+  """
+  figure = figure_lib.Figure(figsize=(8, 5), layout="constrained")
+  axes = figure.add_subplot()
+  for (rule, points), marker in zip(
+    curves.items(), itertools.cycle(_MARKERS), strict=False
+  ):
+    shares, means, spreads = zip(*sorted(points), strict=True)
+    axes.errorbar(
+      shares,
+      means,
+      yerr=[spread or 0.0 for spread in spreads],
+      marker=marker,
+      capsize=3,
+      label=rule,
+      alpha=0.85,
+    )
+  _retention_axis(axes)
+  axes.set_ylabel(label)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  _write(path, figure)
+
+
+def bars(
+  path: pathlib.Path,
+  values: Mapping[str, tuple[float, float | None]],
+  *,
+  label: str,
+) -> None:
+  """Draws a bar a row, with its spread.
+
+  Args:
+    path: of the PNG.
+    values: (mean, spread) by row, the spread None for one seed.
+    label: what is drawn.
+  """
+  figure = figure_lib.Figure(
+    figsize=(8, 1 + 0.5 * len(values)), layout="constrained"
+  )
+  axes = figure.add_subplot()
+  means, spreads = zip(*values.values(), strict=True)
+  axes.barh(
+    list(values),
+    means,
+    xerr=[spread or 0.0 for spread in spreads],
+    capsize=3,
+    alpha=0.85,
+  )
+  axes.invert_yaxis()
+  axes.set_xlabel(label)
+  axes.grid(alpha=0.3, axis="x")
+  _write(path, figure)
+
+
+def _retention_axis(axes):
+  axes.set_xscale("log", base=2)
+  axes.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
+  axes.minorticks_off()
+  axes.set_xlabel("share of indexers kept")
 
 
 def _write(path, figure):

@@ -7,11 +7,13 @@
 One layer of experts with a cache, full and shared, at the end of a prompt: a
 prefill chunk, and one token. Times are the driver's, of each kernel; a floor is
 the larger of operations at the card's matrix rate and bytes at its bandwidth,
-both measured in the same run.
+both measured in the same run. `profile.jsonl` also holds the longest kernels of
+each layer by name.
 """
 
 import collections
 import datetime
+import itertools
 import pathlib
 
 import jax
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 
 import indexcache_jax as ic
+import pallas_kernels
 from experiments import common, kernel_timing, random_model
 from indexcache_jax import attention, costs, decoder, presets
 
@@ -29,7 +32,12 @@ _CONTEXTS = flags.DEFINE_list(
   "contexts", ["10000", "60000", "120000", "200000"], "Keys."
 )
 _CHUNK_SIZE = flags.DEFINE_integer(
-  "chunk_size", 5000, "Tokens of a prefill chunk.", lower_bound=1
+  "chunk_size", 10000, "Tokens of a prefill chunk.", lower_bound=1
+)
+_KEY_DTYPES = flags.DEFINE_list(
+  "index_key_dtypes",
+  ["bfloat16"],
+  "Dtypes of the index keys: bfloat16 (the model's dtype), float8_e4m3fn.",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/layer", "Where profile.jsonl goes."
@@ -40,11 +48,16 @@ _KINDS = {
   "top_k": "selection",
   "indexer": "scores",
   "sparse_mla": "attention",
-  "ragged_dot": "experts",
-  "grouped": "experts",
+  "expert_mlp": "experts",
+  # What JAX's grouped product calls its kernel.
+  "body_mosaic_gpu": "experts",
 }
 _REST = "projections and rest"
-_COLUMNS = ("phase", "context", "layer", "kind", "ms", "floor_ms", "share")
+_NUM_LONGEST = 12
+_COLUMNS = (
+  *("phase", "context", "layer", "index_keys", "kind"),
+  *("ms", "floor_ms", "share"),
+)
 
 
 def main(argv):
@@ -59,7 +72,10 @@ def main(argv):
     schedule=ic.ReuseSchedule.all_full(1),
   )
   rates = Rates(
-    kernel_timing.matmul_ceiling(config.dtype)["sustained"] * 1e12,
+    {
+      name: kernel_timing.matmul_ceiling(name)["sustained"] * 1e12
+      for name in {"bfloat16", *_KEY_DTYPES.value}
+    },
     kernel_timing.copy_ceiling() * 1e12,
   )
   provenance = {
@@ -72,49 +88,64 @@ def main(argv):
   params = random_model.random_params(config)["layers_0"]
   records = []
   print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
-  for context in map(int, _CONTEXTS.value):
-    for phase, tokens in (("prefill", _CHUNK_SIZE.value), ("decode", 1)):
-      for layer in ("full", "shared"):
-        times = profile(config, params, layer == "full", tokens, context)
-        for record in summarize(
-          config, times, rates, layer == "full", tokens, context
-        ):
-          record = {
-            "phase": phase,
-            "context": context,
-            "layer": layer,
-            **record,
-          }
-          records.append({**record, **provenance})
-          print(common.table_row(record, _COLUMNS), flush=True)
   path = pathlib.Path(_OUTPUT_DIR.value) / "profile.jsonl"
-  common.write_records(path, records, _COLUMNS)
+  for context, keys, (phase, tokens), layer in itertools.product(
+    map(int, _CONTEXTS.value),
+    _KEY_DTYPES.value,
+    (("prefill", _CHUNK_SIZE.value), ("decode", 1)),
+    ("full", "shared"),
+  ):
+    chosen = config.replace(
+      index_key_dtype=jnp.float8_e4m3fn if keys == "float8_e4m3fn" else None
+    )
+    kernels = profile(chosen, params, layer == "full", tokens, context)
+    for record in summarize(
+      chosen, kernels, rates, layer == "full", tokens, context
+    ):
+      record = {
+        "phase": phase,
+        "context": context,
+        "layer": layer,
+        "index_keys": keys,
+        "tokens": tokens,
+        **record,
+      }
+      records.append({**record, **provenance})
+      print(common.table_row(record, _COLUMNS), flush=True)
+    common.write_records(path, records, _COLUMNS)
 
 
 class Rates:
   """Operations and bytes a second of the card."""
 
-  def __init__(self, flops: float, bandwidth: float):
+  def __init__(self, flops: dict[str, float], bandwidth: float):
     """Keeps what was measured."""
     self.flops = flops
     self.bandwidth = bandwidth
 
-  def floor_ms(self, flops: float, num_bytes: float) -> float:
-    """The least time of that much work."""
-    return max(flops / self.flops, num_bytes / self.bandwidth) * 1e3
+  def floor_ms(self, dtype: str, flops: float, num_bytes: float) -> float:
+    """The least time of that much work in `dtype`."""
+    return max(flops / self.flops[dtype], num_bytes / self.bandwidth) * 1e3
 
 
-def profile(config, params, is_full, tokens, context) -> dict[str, float]:
-  """Milliseconds of each kind of kernel in one call of a layer."""
+def profile(
+  config, params, is_full, tokens, context
+) -> list[tuple[str, float]]:
+  """Name and milliseconds of each kernel in one call of a layer."""
   module = decoder.DecoderLayer(config, use_experts=True)
   keys = jax.random.split(jax.random.key(0), 4)
   dtype = config.dtype
   hidden = jax.random.normal(keys[0], (1, tokens, config.hidden_size), dtype)
+  index_keys = index_key_scales = None
+  if is_full:
+    shape = (1, context, config.index_head_dim)
+    index_keys = jax.random.normal(keys[2], shape, dtype)
+    if config.quantizes_index_keys:
+      index_keys, index_key_scales = pallas_kernels.quantize_rows(index_keys)
   cache = attention.LayerCache(
     jax.random.normal(keys[1], (1, context, config.latent_dim), dtype),
-    jax.random.normal(keys[2], (1, context, config.index_head_dim), dtype)
-    if is_full
-    else None,
+    index_keys,
+    index_key_scales,
   )
   attended = attention.make_context(
     config,
@@ -134,19 +165,23 @@ def profile(config, params, is_full, tokens, context) -> dict[str, float]:
     )
     return out, index.topk_indices, cache
 
-  totals = collections.Counter()
   # The cache is not donated, for it is read again: XLA copies it first, which
   # is no kernel and not in the times.
-  for name, ms in kernel_timing.kernel_times(run, params, hidden, cache, index):
+  return kernel_timing.kernel_times(run, params, hidden, cache, index)
+
+
+def summarize(config, kernels, rates, is_full, tokens, context) -> list[dict]:
+  """Adds up kinds of kernels, with floors and shares."""
+  times = collections.Counter()
+  for name, ms in kernels:
     kind = next((k for word, k in _KINDS.items() if word in name), _REST)
-    totals[kind] += ms
-  return dict(totals)
-
-
-def summarize(config, times, rates, is_full, tokens, context) -> list[dict]:
-  """Adds floors and shares."""
+    times[kind] += ms
+  longest = sorted(kernels, key=lambda kernel: -kernel[1])[:_NUM_LONGEST]
+  key_dtype = jnp.dtype(config.index_key_dtype or config.dtype).name
   floors = {
-    kind: rates.floor_ms(*work)
+    kind: rates.floor_ms(
+      key_dtype if kind == "scores" else jnp.dtype(config.dtype).name, *work
+    )
     for kind, work in work_of(config, is_full, tokens, context).items()
   }
   total = sum(times.values())
@@ -162,7 +197,14 @@ def summarize(config, times, rates, is_full, tokens, context) -> list[dict]:
   floor = sum(floors[kind] for kind in times)
   return [
     *records,
-    {"kind": "all", "ms": total, "floor_ms": floor, "share": 1.0},
+    {
+      "kind": "all",
+      "ms": total,
+      "floor_ms": floor,
+      "share": 1.0,
+      "num_kernels": len(kernels),
+      "longest": longest,
+    },
   ]
 
 

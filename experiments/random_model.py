@@ -10,6 +10,9 @@ import numpy as np
 
 import indexcache_jax as ic
 
+# Of a correction bias; scores are sigmoids, from 0 to 1.
+_FIRST_STEP = 0.05
+
 
 def random_params(config: ic.SparseTransformerConfig, seed: int = 0) -> dict:
   """Returns random parameters, array by array: no second copy is held.
@@ -46,38 +49,79 @@ def _array(key, name, shape, dtype, scale):
   return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
 
 
-def expert_loads(
-  config: ic.SparseTransformerConfig, params: dict, num_tokens: int = 4096
-) -> np.ndarray:
-  """Tokens of the fullest expert over the mean, for each layer of experts.
+def balance_experts(
+  config: ic.SparseTransformerConfig,
+  params: dict,
+  *,
+  num_tokens: int = 4096,
+  num_steps: int = 50,
+) -> tuple[dict, np.ndarray]:
+  """Sets the routers' correction biases so that experts share the tokens.
 
-  A trained router with a load-balancing bias stays below about 2; 1 is even.
+  Random routers send most tokens to few experts, for the hidden states of a
+  random model have much in common. The biases are moved as DeepSeek-V3 moves
+  them in training (arXiv 2412.19437, section 2.1.2): up for an expert below
+  the mean load, down above, in steps that shrink.
+
+  Args:
+    config: of the model; with experts.
+    params: of `random_params`.
+    num_tokens: random tokens that are routed.
+    num_steps: forward passes.
+
+  Returns:
+    Parameters, and for each layer of experts the tokens of its fullest expert
+    over the mean. A trained router stays below about 2; 1 is even.
   """
   model = ic.SparseTransformer(config)
   tokens = jax.random.randint(
     jax.random.key(1), (1, num_tokens), 0, config.vocab_size
   )
+  layers = [
+    f"layers_{layer}"
+    for layer in range(config.num_hidden_layers)
+    if config.is_sparse_mlp(layer)
+  ]
 
   @jax.jit
-  def counts(params, tokens):
+  def loads(params, biases):
+    """Load of each expert over the mean, a row a layer."""
     _, state = model.apply(
-      {"params": params},
+      {"params": _with_biases(params, layers, biases)},
       tokens,
       logits_for="last",
       capture_intermediates=lambda module, _: module.name == "gate",
     )
-    routings = [
-      leaf
-      for leaf in jax.tree.leaves(state["intermediates"])
-      if leaf.dtype == jnp.int32
+    counts = [
+      jnp.bincount(
+        state["intermediates"][layer]["mlp"]["gate"]["__call__"][
+          0
+        ].experts.reshape(-1),
+        length=config.n_routed_experts,
+      )
+      for layer in layers
     ]
-    return [
-      jnp.bincount(experts.reshape(-1), length=config.n_routed_experts)
-      for experts in routings
-    ]
+    share = config.num_experts_per_tok / config.n_routed_experts
+    return jnp.stack(counts) / (num_tokens * share)
 
-  loads = np.asarray(jax.device_get(counts(params, tokens)), np.float64)
-  return loads.max(axis=1) / loads.mean(axis=1)
+  biases = jnp.zeros((len(layers), config.n_routed_experts), jnp.float32)
+  for step in range(num_steps):
+    change = jnp.clip(1 - loads(params, biases), -1, 1)
+    biases += _FIRST_STEP * 0.93**step * change
+  return (
+    _with_biases(params, layers, biases),
+    np.asarray(loads(params, biases).max(axis=1), np.float64),
+  )
+
+
+def _with_biases(params, layers, biases):
+  """The parameters with other correction biases."""
+  changed = dict(params)
+  for layer, bias in zip(layers, biases, strict=True):
+    block = params[layer]
+    gate = {**block["mlp"]["gate"], "e_score_correction_bias": bias}
+    changed[layer] = {**block, "mlp": {**block["mlp"], "gate": gate}}
+  return changed
 
 
 def random_cache(cache: ic.Cache, length: int, seed: int = 0) -> ic.Cache:
@@ -87,10 +131,7 @@ def random_cache(cache: ic.Cache, length: int, seed: int = 0) -> ic.Cache:
   def fill(cache, key):
     rows, tree = jax.tree.flatten((cache.kv_latent, cache.index_keys))
     keys = jax.random.split(key, len(rows))
-    rows = [
-      jax.random.normal(key, x.shape, x.dtype)
-      for key, x in zip(keys, rows, strict=True)
-    ]
+    rows = [_normal_rows(*one) for one in zip(keys, rows, strict=True)]
     kv_latent, index_keys = jax.tree.unflatten(tree, rows)
     return cache.replace(
       kv_latent=kv_latent,
@@ -99,3 +140,11 @@ def random_cache(cache: ic.Cache, length: int, seed: int = 0) -> ic.Cache:
     )
 
   return fill(cache, jax.random.key(seed))
+
+
+def _normal_rows(key, rows):
+  """Normal numbers; a packed cache has two of bfloat16 a word."""
+  if rows.dtype == jnp.uint32:
+    halves = jax.random.normal(key, (*rows.shape, 2), jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(halves, jnp.uint32)
+  return jax.random.normal(key, rows.shape, jnp.bfloat16).astype(rows.dtype)

@@ -18,22 +18,42 @@ class BenchTest(scripts_test.ScriptCase):
     done = scripts_test.run(
       "bench_inference",
       "--preset=tiny",
+      "--num_layers=2",
       "--contexts=20,30",
-      "--schedules=full,FSSS",
+      "--schedules=full,FS",
       "--chunk_size=10",
       "--new_tokens=2",
+      "--index_key_dtypes=float8_e4m3fn",
       f"--output_dir={self.folder}",
     )
     self.assert_succeeds(done)
-    self.assertIn("| prefill | 30 | FSSS |", done.stdout)
-    self.assertIn("| decode | 20 | FSSS |", done.stdout)
+    self.assertIn("| prefill | 30 | float8_e4m3fn | FS |", done.stdout)
+    self.assertIn("| decode | 20 | float8_e4m3fn | FS |", done.stdout)
+    self.assertTrue((self.folder / "inference.png").exists())
     records = self.records("inference.jsonl")
     caches = {
       r["schedule"]: r["bytes"] for r in records if r["metric"] == "cache"
     }
-    # 40 tokens: 4 layers of 24 floats, 4 or 1 of 16.
-    self.assertEqual(caches, {"full": 25600, "FSSS": 17920})
+    # 40 tokens: 2 layers of 24 floats, 2 or 1 of 16 bytes and a scale.
+    self.assertEqual(caches, {"full": 9280, "FS": 8480})
     self.assertTrue(all(r["device"] for r in records))
+
+  def test_the_fast_path_against_the_reference(self):
+    done = scripts_test.run(
+      "check_inference",
+      "--preset=tiny",
+      "--schedules=FSSF",
+      "--context=40",
+      "--chunk_size=20",
+      "--new_tokens=2",
+      f"--output_dir={self.folder}",
+    )
+    self.assert_succeeds(done)
+    exact, rounded = self.records("check.jsonl")
+    # On a CPU both are plain XLA in float32.
+    self.assertEqual(exact["logits_error"], 0)
+    self.assertEqual(exact["same_keys"], 1)
+    self.assertGreater(rounded["decode_logits_error"], 0)
 
   def test_a_layer(self):
     done = scripts_test.run(

@@ -1,0 +1,185 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Compares fast inference with the float32 reference at length.
+
+  python -m experiments.check_inference --context=32768
+
+The fast path is what serves: the platform's kernels in the model's dtype, a
+prompt in chunks, then single tokens through the cache. The reference is the
+same procedure in float32 through plain XLA. Reported for each schedule, and for
+8-bit index keys: the relative error of the logits after the prompt and after
+each further token (given, not drawn), the divergence of the distributions, how
+often the likeliest token is the same, and the share of selected keys that are.
+"""
+
+import datetime
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Array, Float, Float32, Int32
+
+import indexcache_jax as ic
+from experiments import common, random_model
+from indexcache_jax import presets
+
+_PRESET = flags.DEFINE_enum(
+  "preset", "glm_47_flash_dsa", sorted(presets.PRESETS), "The model's widths."
+)
+_LAYERS = flags.DEFINE_integer(
+  "num_layers", 4, "Layers of the model.", lower_bound=1
+)
+_CONTEXT = flags.DEFINE_integer(
+  "context", 32768, "Tokens of the prompt.", lower_bound=2
+)
+_NEW_TOKENS = flags.DEFINE_integer(
+  "new_tokens", 8, "Single tokens after it.", lower_bound=1
+)
+_CHUNK_SIZE = flags.DEFINE_integer(
+  "chunk_size", 4096, "Tokens of a prefill chunk.", lower_bound=1
+)
+_SCHEDULES = flags.DEFINE_list(
+  "schedules", ["full", "FSFS", "FSSS"], "As --schedule of other scripts."
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir", "runs/inference", "Where check.jsonl and check.md go."
+)
+# Queries of the last chunk whose selections are compared.
+_NUM_QUERIES = 256
+_COLUMNS = (
+  *("schedule", "path", "logits_error", "decode_logits_error"),
+  *("divergence", "same_likeliest", "same_keys_first_layer", "same_keys"),
+)
+
+
+def main(argv):
+  """Compares under each schedule and prints a table."""
+  common.reject_arguments(argv)
+  logging.set_verbosity(logging.WARNING)
+  config = presets.PRESETS[_PRESET.value]().replace(
+    num_hidden_layers=_LAYERS.value
+  )
+  provenance = {
+    **common.environment(),
+    "preset": _PRESET.value,
+    "num_layers": _LAYERS.value,
+    "context": _CONTEXT.value,
+    "date": datetime.date.today().isoformat(),
+  }
+  params = random_model.random_params(config)
+  path = pathlib.Path(_OUTPUT_DIR.value) / "check.jsonl"
+  records = []
+  print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
+  for name in _SCHEDULES.value:
+    schedule = ic.ReuseSchedule.parse(name, _LAYERS.value)
+    for record in compare(config.replace(schedule=schedule), params):
+      record = {"schedule": name, **record}
+      records.append({**record, **provenance})
+      print(common.table_row(record, _COLUMNS), flush=True)
+      common.write_records(path, records, _COLUMNS)
+
+
+def compare(config, params) -> list[dict]:
+  """Records of the fast path, and of it with 8-bit index keys."""
+  reference_config = config.replace(dtype=jnp.float32, implementation="xla")
+  expected = run(reference_config, params)
+  paths = {
+    jnp.dtype(config.dtype).name: config,
+    "float8 index keys": config.replace(index_key_dtype=jnp.float8_e4m3fn),
+  }
+  return [
+    {"path": name, **differences(run(fast, params), expected)}
+    for name, fast in paths.items()
+  ]
+
+
+def run(
+  config: ic.SparseTransformerConfig, params: dict
+) -> tuple[Float32[np.ndarray, "U vocab"], list[Int32[Array, "T K"]]]:
+  """Prefills in chunks, then feeds single tokens.
+
+  Returns:
+    Logits after the prompt and after each further token, and each full
+    layer's selection for the last queries of the prompt.
+  """
+  model = ic.SparseTransformer(config)
+  rng = np.random.default_rng(0)
+  context, new_tokens = _CONTEXT.value, _NEW_TOKENS.value
+  tokens = rng.integers(
+    0, config.vocab_size, (1, context + new_tokens), np.int32
+  )
+  cache = ic.init_cache(config, 1, context + new_tokens)
+  for start in range(0, context, _CHUNK_SIZE.value):
+    chunk = tokens[:, start : min(start + _CHUNK_SIZE.value, context)]
+    last, cache, selections = _extend(model, params, chunk, cache)
+  logits = [last]
+  kept = [
+    selections[layer][0, -_NUM_QUERIES:]
+    for layer in config.schedule.full_layers
+  ]
+  for place in range(context, context + new_tokens):
+    last, cache, _ = _extend(model, params, tokens[:, place : place + 1], cache)
+    logits.append(last)
+  return np.concatenate(jax.device_get(logits)), kept
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def _extend(model, params, tokens, cache):
+  logits, aux = model.apply(
+    {"params": params}, tokens, cache=cache, logits_for="last"
+  )
+  return logits[:, 0], aux.cache, aux.topk_indices
+
+
+def differences(actual, expected) -> dict[str, float]:
+  """What distinguishes two runs."""
+  (logits, selections), (reference, reference_selections) = actual, expected
+  errors = np.linalg.norm(logits - reference, axis=-1) / np.linalg.norm(
+    reference, axis=-1
+  )
+  shared = [
+    float(same_keys(a, b))
+    for a, b in zip(selections, reference_selections, strict=True)
+  ]
+  return {
+    "logits_error": float(errors[0]),
+    "decode_logits_error": float(errors[1:].max()),
+    "divergence": float(divergence(logits, reference).max()),
+    "same_likeliest": float(
+      np.mean(logits.argmax(axis=-1) == reference.argmax(axis=-1))
+    ),
+    "same_keys_first_layer": shared[0],
+    "same_keys": float(np.mean(shared)),
+  }
+
+
+@jax.jit
+def divergence(
+  logits: Float[Array, "U vocab"], reference: Float[Array, "U vocab"]
+) -> Float32[Array, " U"]:
+  """KL divergence of each distribution from the reference's, in nats."""
+  log_p = jax.nn.log_softmax(reference)
+  return jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits)), axis=-1)
+
+
+@jax.jit
+def same_keys(
+  actual: Int32[Array, "T K"], expected: Int32[Array, "T K"]
+) -> Float32[Array, ""]:
+  """Share of the expected keys that were selected."""
+
+  def present(row, keys):
+    # Both ascend, with -1 at the end.
+    row = jnp.where(row < 0, jnp.iinfo(jnp.int32).max, row)
+    place = jnp.searchsorted(row, keys).clip(max=len(row) - 1)
+    return (row[place] == keys) & (keys >= 0)
+
+  found = jax.vmap(present)(actual, expected)
+  return jnp.sum(found) / jnp.sum(expected >= 0)
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,161 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plot of `bench_inference`: ratios beside Amdahl's limits."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from experiments import common, plots
+
+_HEAD = (
+  "phase",
+  "context",
+  "index keys",
+  "schedule",
+  "time",
+  "speed-up",
+  "Amdahl's limit",
+)
+# The number of a record that says its phase's time.
+_TIMES = {"prefill": "seconds", "decode": "ms_per_token"}
+_UNITS = {"prefill": "s", "decode": "ms"}
+
+
+def read_profile(path: str | None) -> list[dict]:
+  """Records of `profile_layer`; none without a path."""
+  if path is None:
+    return []
+  lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def times(records: list[dict], phase: str) -> dict:
+  """Of one request, by dtype of the index keys, schedule and context."""
+  return {
+    (r["index_keys"], r["schedule"], r["context"]): (
+      r[_TIMES[phase]],
+      r["num_full"],
+    )
+    for r in records
+    if r["metric"] == phase and r.get("batch", 1) == 1
+  }
+
+
+def table(records: list[dict], profile: list[dict]) -> str:
+  """A line a time, with its ratio to the all-full schedule of its dtype."""
+  lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+  for phase, unit in _UNITS.items():
+    found = times(records, phase)
+    for (keys, name, context), (taken, num_full) in found.items():
+      base = found.get((keys, "full", context))
+      ratio = limit = ""
+      if base is not None:
+        ratio = f"{base[0] / taken:.3g}x"
+        limit = amdahl_limit(profile, phase, keys, context, base, num_full)
+        limit = f"{limit:.3g}x" if limit is not None else ""
+      lines.append(
+        f"| {phase} | {context} | {keys} | {name} | {taken:.4g} {unit} |"
+        f" {ratio} | {limit} |"
+      )
+  for r in records:
+    if r["metric"] == "decode" and r["batch"] > 1:
+      lines.append(
+        f"| decode, batch {r['batch']} | {r['context']} | {r['index_keys']} |"
+        f" {r['schedule']} | {r['tokens_per_second']:.4g} tokens/s | | |"
+      )
+  return "\n".join(lines)
+
+
+def indexer_table(records: list[dict]) -> str:
+  """What one indexer costs in the running model, and all the rest.
+
+  Time is a line in the number of full layers, which least squares fits over
+  the schedules; the slope is an indexer with its launches and, for long
+  prefills, what its power takes from the clock. "If free" is the speed-up of a
+  model whose indexers cost nothing.
+  """
+  head = ("phase", "context", "index keys", "an indexer", "the rest")
+  head = (*head, "largest misfit", "if free")
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for phase, unit in _UNITS.items():
+    found = times(records, phase)
+    for keys, context in dict.fromkeys((k, c) for k, _, c in found):
+      points = [
+        (num_full, taken)
+        for (k, _, c), (taken, num_full) in found.items()
+        if (k, c) == (keys, context)
+      ]
+      if len(points) < 3:
+        continue
+      num_full, taken = np.array(points).T
+      line = np.polynomial.Polynomial.fit(num_full, taken, 1).convert()
+      rest, each = line.coef
+      misfit = np.max(np.abs(line(num_full) / taken - 1))
+      lines.append(
+        f"| {phase} | {context} | {keys} | {each:.3g} {unit} | {rest:.3g}"
+        f" {unit} | {misfit:.1%} | {taken.max() / rest:.3g}x |"
+      )
+  return "\n".join(lines)
+
+
+def amdahl_limit(
+  profile: list[dict],
+  phase: str,
+  keys: str,
+  context: int,
+  base: tuple[float, int],
+  num_full: int,
+) -> float | None:
+  """The speed-up if the removed indexers' kernel time alone went away.
+
+  An indexer's time in a chunk is linear in its place, so a prefill's is the
+  integral over the places that were profiled.
+
+  Args:
+    profile: records of `profile_layer`.
+    phase: "prefill" or "decode".
+    keys: dtype of the index keys.
+    context: tokens of the prompt.
+    base: seconds of a prefill or milliseconds of a token, and full layers, of
+      the schedule without reuse.
+    num_full: full layers of the schedule.
+
+  Returns:
+    None where nothing of the kind was profiled.
+  """
+  totals = {
+    (r["layer"], r["context"]): (r["ms"], r["tokens"])
+    for r in profile
+    if r["phase"] == phase and r["kind"] == "all" and r["index_keys"] == keys
+  }
+  places = sorted({place for _, place in totals})
+  if not places:
+    return None
+  indexer = [
+    totals["full", place][0] - totals["shared", place][0] for place in places
+  ]
+  taken, layers = base
+  if phase == "decode":
+    removed = np.interp(context, places, indexer)
+  else:
+    chunk = totals["full", places[0]][1]
+    ends = np.arange(chunk, context + chunk, chunk).clip(max=context)
+    line = np.polynomial.Polynomial.fit(
+      places, indexer, min(1, len(places) - 1)
+    )
+    removed = line(ends).sum() / 1e3
+  return float(taken / (taken - (layers - num_full) * removed))
+
+
+def write(
+  folder: pathlib.Path, records: list[dict], profile: list[dict]
+) -> None:
+  """Writes inference.md and inference.png."""
+  tables = f"{table(records, profile)}\n\n{indexer_table(records)}\n"
+  common.write_text(folder / "inference.md", tables)
+  plots.inference(
+    folder / "inference.png",
+    {phase: times(records, phase) for phase in _UNITS},
+  )
