@@ -9,7 +9,7 @@ TPU = .tpu/bin/python
 GPU = .gpu-0.11/bin/python .gpu-0.12/bin/python
 FLAGS ?=
 
-.PHONY: help setup sweep test lint format parity golden notebooks \
+.PHONY: help setup sweep test test-tpu lint format parity golden notebooks \
   notebooks-check tpu-compile tpu-cost gpu-compile test-gpu clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make lint     ruff's rules and format;  make format  applies them"
 	@echo "make golden   make the golden fixtures again"
 	@echo "make notebooks  run the notebooks and keep their outputs"
+	@echo "make test-tpu     interpret the TPU kernels on the CPU"
 	@echo "make tpu-compile  compile the TPU kernels with no TPU;  make tpu-cost  costs them"
 	@echo "make gpu-compile  compile the GPU kernels for sm_90a with no GPU"
 	@echo "make test-gpu     test them on the GPU that is here"
@@ -30,7 +31,13 @@ sweep: $(SETUP)
 	$(PYTHON) -m experiments.sweep_schedules $(FLAGS)
 
 test: $(SETUP) lint
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(FLAGS)
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest --ignore-glob='$(TPU_TESTS)' $(FLAGS)
+
+# The TPU kernels in an interpreter that simulates memories, copies and races:
+# as long as a third of the other tests, so a command of its own.
+TPU_TESTS = tests/kernels/*_mosaic_tpu_test.py
+test-tpu: $(SETUP)
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest $(TPU_TESTS) $(FLAGS)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
