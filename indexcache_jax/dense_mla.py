@@ -91,9 +91,15 @@ def _is_causal(key_start, key_end):
 
 
 def _causal(
-  query, kv_latent, key_start, key_end, *, scale, value_dim,
+  query,
+  kv_latent,
+  key_start,
+  key_end,
+  *,
+  scale,
+  value_dim,
   implementation="cudnn",
-):  # fmt: skip
+):
   """Multi-query attention, the whole row for a value: widths must agree."""
   del key_start, key_end
   rows = kv_latent[:, :, None]

@@ -16,7 +16,5 @@ class Shape(NamedTuple):
 
 # Widths and experts from the models' config.json.
 SHAPES = {
-  "glm_47_flash_4k": Shape(4 * 4096, 64, 2048, 1536),
   "glm_5_4k": Shape(8 * 4096, 256, 6144, 2048),
-  "tiny": Shape(37, 8, 32, 16),
 }
