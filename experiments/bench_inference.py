@@ -174,7 +174,9 @@ def make_params(config, log: "Log") -> dict:
   )
   if config.n_routed_experts:
     begin = time.perf_counter()
-    params, loads = random_model.balance_experts(config, params)
+    params, loads = random_model.balance_experts(
+      config, params, num_tokens=min(_CHUNK_SIZE.value, 4096)
+    )
     log.add(
       metric="expert_load_over_mean",
       mean=float(loads.mean()),

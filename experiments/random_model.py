@@ -53,7 +53,7 @@ def balance_experts(
   config: ic.SparseTransformerConfig,
   params: dict,
   *,
-  num_tokens: int = 4096,
+  num_tokens: int,
   num_steps: int = 50,
 ) -> tuple[dict, np.ndarray]:
   """Sets the routers' correction biases so that experts share the tokens.
