@@ -14,6 +14,11 @@ from tests import tolerances
 from tests.kernels import errors
 
 
+_expert_mlp = jax.jit(
+  pallas_kernels.expert_mlp, static_argnames="implementation"
+)
+
+
 def float64_loop(rows, experts, weights, gate, up, down):
   """A product for each row and choice, in float64."""
   rows, weights, gate, up, down = (
@@ -54,11 +59,7 @@ class ExpertMLPTest(parameterized.TestCase):
     )
 
   def run_op(self, *args):
-    return jax.jit(
-      functools.partial(
-        pallas_kernels.expert_mlp, implementation=self.IMPLEMENTATION
-      )
-    )(*args)
+    return _expert_mlp(*args, implementation=self.IMPLEMENTATION)
 
   def check(self, args):
     actual = self.run_op(*args)
