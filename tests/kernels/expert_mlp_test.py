@@ -13,7 +13,6 @@ from pallas_kernels.grouped import reference as grouped_reference
 from tests import tolerances
 from tests.kernels import errors
 
-
 _expert_mlp = jax.jit(
   pallas_kernels.expert_mlp, static_argnames="implementation"
 )
