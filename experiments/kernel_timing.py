@@ -57,12 +57,15 @@ def isolated_ms(function: Callable, *args, repeats: int = 7) -> float:
 
 
 def kernel_times(function: Callable, *args) -> list[tuple[str, float]]:
-  """Name and milliseconds of each kernel of one call, after a warm-up."""
+  """Name and milliseconds of each kernel of one call, after a warm-up.
+
+  Args:
+    function: compiled, of `args`.
+    *args: arrays.
+  """
   from jax.experimental.mosaic.gpu import profiler
 
-  measure = profiler.Cupti(finalize=False).measure(
-    jax.jit(function), aggregate=False
-  )
+  measure = profiler.Cupti(finalize=False).measure(function, aggregate=False)
   measure(*args)
   return measure(*args)[1]
 

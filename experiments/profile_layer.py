@@ -12,6 +12,8 @@ each layer by name.
 """
 
 import collections
+import concurrent.futures
+import dataclasses
 import datetime
 import itertools
 import pathlib
@@ -38,6 +40,9 @@ _KEY_DTYPES = flags.DEFINE_list(
   "index_key_dtypes",
   ["bfloat16"],
   "Dtypes of the index keys: bfloat16 (the model's dtype), float8_e4m3fn.",
+)
+_JOBS = flags.DEFINE_integer(
+  "compile_jobs", 1, "Programs compiled at the same time.", lower_bound=1
 )
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/layer", "Where profile.jsonl goes."
@@ -86,33 +91,61 @@ def main(argv):
     "date": datetime.date.today().isoformat(),
   }
   params = random_model.random_params(config)["layers_0"]
+  cases = list(all_cases(config))
+  kernels = dict(zip(cases, profile_all(cases, params), strict=True))
   records = []
   print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
   path = pathlib.Path(_OUTPUT_DIR.value) / "profile.jsonl"
-  for context, keys, (phase, tokens), layer in itertools.product(
-    map(int, _CONTEXTS.value),
-    _KEY_DTYPES.value,
-    (("prefill", _CHUNK_SIZE.value), ("decode", 1)),
-    ("full", "shared"),
-  ):
-    chosen = config.replace(
-      index_key_dtype=jnp.float8_e4m3fn if keys == "float8_e4m3fn" else None
-    )
-    kernels = profile(chosen, params, layer == "full", tokens, context)
-    for record in summarize(
-      chosen, kernels, rates, layer == "full", tokens, context
-    ):
+  for case, keys in itertools.product(cases, _KEY_DTYPES.value):
+    # A shared layer has no index keys: one profile stands beside each dtype.
+    if case.is_full and case.key_dtype != keys:
+      continue
+    for record in summarize(case, kernels[case], rates):
       record = {
-        "phase": phase,
-        "context": context,
-        "layer": layer,
+        "phase": "decode" if case.tokens == 1 else "prefill",
+        "context": case.context,
+        "layer": "full" if case.is_full else "shared",
         "index_keys": keys,
-        "tokens": tokens,
+        "tokens": case.tokens,
         **record,
       }
       records.append({**record, **provenance})
       print(common.table_row(record, _COLUMNS), flush=True)
     common.write_records(path, records, _COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A call of a layer.
+
+  Attributes:
+    config: of a model of one layer.
+    is_full: whether the layer runs its indexer.
+    tokens: queries, the last of the context.
+    context: keys.
+  """
+
+  config: ic.SparseTransformerConfig
+  is_full: bool
+  tokens: int
+  context: int
+
+  @property
+  def key_dtype(self) -> str:
+    """Of the index keys."""
+    return jnp.dtype(self.config.index_key_dtype or self.config.dtype).name
+
+
+def all_cases(config):
+  """Every context, phase and kind of layer; full ones for every key dtype."""
+  phases = _CHUNK_SIZE.value, 1
+  for context, tokens in itertools.product(map(int, _CONTEXTS.value), phases):
+    for keys in _KEY_DTYPES.value:
+      chosen = config.replace(
+        index_key_dtype=jnp.float8_e4m3fn if keys == "float8_e4m3fn" else None
+      )
+      yield Case(chosen, True, tokens, context)
+    yield Case(config, False, tokens, context)
 
 
 class Rates:
@@ -128,16 +161,55 @@ class Rates:
     return max(flops / self.flops[dtype], num_bytes / self.bandwidth) * 1e3
 
 
-def profile(
-  config, params, is_full, tokens, context
-) -> list[tuple[str, float]]:
-  """Name and milliseconds of each kernel in one call of a layer."""
-  module = decoder.DecoderLayer(config, use_experts=True)
+def profile_all(cases, params) -> list[list[tuple[str, float]]]:
+  """Name and milliseconds of each kernel in one call of every case.
+
+  All are compiled before the first is timed: XLA times candidates on the card
+  as it compiles.
+  """
+
+  def compile_case(case):
+    arguments = jax.eval_shape(lambda: make_arguments(case))
+    return jax.jit(layer_function(case)).lower(params, *arguments).compile()
+
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+    programs = list(pool.map(compile_case, cases))
+  return [
+    kernel_timing.kernel_times(program, params, *make_arguments(case))
+    for case, program in zip(cases, programs, strict=True)
+  ]
+
+
+def layer_function(case: Case):
+  """The call: of parameters and `make_arguments`."""
+  module = decoder.DecoderLayer(case.config, use_experts=True)
+  attended = attention.make_context(
+    case.config,
+    jnp.zeros((1, case.tokens), jnp.int32),
+    cache_lengths=jnp.full((1,), case.context - case.tokens, jnp.int32),
+  )
+
+  def run(params, hidden, cache, index):
+    out, index, cache, _ = module.apply(
+      {"params": params}, hidden, attended, index, cache, case.is_full
+    )
+    return out, index.topk_indices, cache
+
+  return run
+
+
+def make_arguments(case: Case):
+  """Hidden states, a cache, and for a shared layer what it is to read.
+
+  The cache is not donated, for it is read again: XLA copies it first, which is
+  no kernel and not in the times.
+  """
+  config, tokens, context = case.config, case.tokens, case.context
   keys = jax.random.split(jax.random.key(0), 4)
   dtype = config.dtype
   hidden = jax.random.normal(keys[0], (1, tokens, config.hidden_size), dtype)
   index_keys = index_key_scales = None
-  if is_full:
+  if case.is_full:
     shape = (1, context, config.index_head_dim)
     index_keys = jax.random.normal(keys[2], shape, dtype)
     if config.quantizes_index_keys:
@@ -147,42 +219,27 @@ def profile(
     index_keys,
     index_key_scales,
   )
-  attended = attention.make_context(
-    config,
-    jnp.zeros((1, tokens), jnp.int32),
-    cache_lengths=jnp.full((1,), context - tokens, jnp.int32),
-  )
   k = config.index_topk
   stride = max(1, (context - tokens) // k)
   indices = stride * jnp.arange(k) + jax.random.randint(
     keys[3], (1, tokens, k), 0, stride
   )
-  index = None if is_full else attention.IndexState(indices.astype(jnp.int32))
-
-  def run(params, hidden, cache, index):
-    out, index, cache, _ = module.apply(
-      {"params": params}, hidden, attended, index, cache, is_full
-    )
-    return out, index.topk_indices, cache
-
-  # The cache is not donated, for it is read again: XLA copies it first, which
-  # is no kernel and not in the times.
-  return kernel_timing.kernel_times(run, params, hidden, cache, index)
+  index = attention.IndexState(indices.astype(jnp.int32))
+  return hidden, cache, None if case.is_full else index
 
 
-def summarize(config, kernels, rates, is_full, tokens, context) -> list[dict]:
+def summarize(case: Case, kernels, rates: Rates) -> list[dict]:
   """Adds up kinds of kernels, with floors and shares."""
   times = collections.Counter()
   for name, ms in kernels:
     kind = next((k for word, k in _KINDS.items() if word in name), _REST)
     times[kind] += ms
   longest = sorted(kernels, key=lambda kernel: -kernel[1])[:_NUM_LONGEST]
-  key_dtype = jnp.dtype(config.index_key_dtype or config.dtype).name
+  dtype = jnp.dtype(case.config.dtype).name
+  work = work_of(case.config, case.is_full, case.tokens, case.context)
   floors = {
-    kind: rates.floor_ms(
-      key_dtype if kind == "scores" else jnp.dtype(config.dtype).name, *work
-    )
-    for kind, work in work_of(config, is_full, tokens, context).items()
+    kind: rates.floor_ms(case.key_dtype if kind == "scores" else dtype, *each)
+    for kind, each in work.items()
   }
   total = sum(times.values())
   records = [

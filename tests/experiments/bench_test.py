@@ -3,10 +3,42 @@
 """The timing scripts: that they run and say what they can't; never a time."""
 
 import json
+import subprocess
+import sys
 
 from absl.testing import absltest
 
 from tests.experiments import scripts_test
+
+_PROFILED = """
+from absl import flags
+from unittest import mock
+from experiments import profile_layer, random_model
+from indexcache_jax import presets, schedule
+
+flags.FLAGS([
+  "profile_layer", "--contexts=64,96", "--chunk_size=16",
+  "--index_key_dtypes=float32,float8_e4m3fn", "--compile_jobs=2",
+])
+config = presets.PRESETS["tiny"]().replace(
+  num_hidden_layers=1,
+  first_k_dense_replace=0,
+  schedule=schedule.ReuseSchedule.all_full(1),
+)
+params = random_model.random_params(config)["layers_0"]
+cases = list(profile_layer.all_cases(config))
+print(len(cases), "cases")
+
+def times(program, *args):
+  program(*args)
+  return [("top_k", 1.0), ("indexer_scores", 2.0), ("fusion", 4.0)]
+
+with mock.patch.object(profile_layer.kernel_timing, "kernel_times", times):
+  kernels = profile_layer.profile_all(cases, params)
+rates = profile_layer.Rates({"float32": 1e12, "float8_e4m3fn": 2e12}, 1e12)
+found = profile_layer.summarize(cases[0], kernels[0], rates)
+print(", ".join(f"{record['kind']} {record['ms']}" for record in found))
+"""
 
 
 class BenchTest(scripts_test.ScriptCase):
@@ -49,11 +81,16 @@ class BenchTest(scripts_test.ScriptCase):
       f"--output_dir={self.folder}",
     )
     self.assert_succeeds(done)
-    exact, rounded = self.records("check.jsonl")
-    # On a CPU both are plain XLA in float32.
-    self.assertEqual(exact["logits_error"], 0)
-    self.assertEqual(exact["same_keys"], 1)
-    self.assertGreater(rounded["decode_logits_error"], 0)
+    records = self.records("check.jsonl")
+    self.assertEqual(
+      [record["mlp"] for record in records], 3 * ["dense"] + 3 * ["experts"]
+    )
+    # On a CPU the fast path is plain XLA, here in float32.
+    for exact in (*records[:2], *records[3:5]):
+      self.assertEqual(exact["logits_error"], 0)
+      self.assertEqual(exact["same_keys"], 1)
+    for rounded in records[2::3]:
+      self.assertGreater(rounded["decode_logits_error"], 0)
 
   def test_a_layer(self):
     done = scripts_test.run(
@@ -66,6 +103,20 @@ class BenchTest(scripts_test.ScriptCase):
     )
     self.assert_succeeds(done)
     self.assertLen(self.records("layer.jsonl"), 4)
+
+  def test_kinds_of_kernels_of_a_layer(self):
+    """All but the driver's times, which a CPU has not."""
+    done = subprocess.run(
+      [sys.executable, "-c", _PROFILED],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assert_succeeds(done)
+    # Two contexts, two phases; full layers in two key dtypes, and shared ones.
+    self.assertIn("12 cases\n", done.stdout)
+    self.assertIn("projections and rest 4.0, scores 2.0, ", done.stdout)
+    self.assertIn("selection 1.0, all 7.0\n", done.stdout)
 
   def test_what_they_refuse(self):
     for name, args, message in (
