@@ -52,6 +52,32 @@ def train_to_checkpoint(
   return True
 
 
+def compile_stages(config, train) -> None:
+  """Compiles the programs of a run, which another process then finds.
+
+  They go into JAX's compilation cache, and nothing else is left of it.
+
+  Raises:
+    ValueError: there is no such cache.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    raise ValueError(
+      "Compiling alone hands programs over through JAX's compilation cache:"
+      " got none. Set JAX_COMPILATION_CACHE_DIR to a folder."
+    )
+  state = jax.eval_shape(lambda: training.init_state(config, train))
+  programs = dict.fromkeys(
+    (train.stage(step), train.batch_shape(step))
+    for step in range(train.num_steps)
+  )
+  mesh = _mesh(train)
+  for stage, shape in programs:
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    training.train_step.lower(
+      config, train, stage, state, tokens, mesh=mesh
+    ).compile()
+
+
 def run(
   config,
   train,
@@ -116,29 +142,36 @@ def _place(tokens, train, state):
 
   The state is on all devices, and each has sequences of its own.
   """
-  devices = jax.devices()
-  if train.batch_size % (train.accumulation * len(devices)):
-    raise ValueError(
-      "--batch_size must be a multiple of --accumulation times the devices:"
-      f" got {train.batch_size} for {train.accumulation} x {len(devices)}."
-    )
+  mesh = _mesh(train)
 
   def batch(step):
     return training.training_batch(tokens, train, step)
 
-  if len(devices) == 1:
+  if mesh is None:
     return lambda step: jax.device_put(batch(step)), state, None
-  mesh = jax.sharding.Mesh(
-    np.asarray(devices),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-  )
   spec = jax.sharding.PartitionSpec
   split = jax.sharding.NamedSharding(mesh, spec("data"))
   return (
     lambda step: jax.device_put(batch(step), split),
     jax.device_put(state, jax.sharding.NamedSharding(mesh, spec())),
     mesh,
+  )
+
+
+def _mesh(train):
+  """All devices in one axis; None for a single one."""
+  devices = jax.devices()
+  if train.batch_size % (train.accumulation * len(devices)):
+    raise ValueError(
+      "--batch_size must be a multiple of --accumulation times the devices:"
+      f" got {train.batch_size} for {train.accumulation} x {len(devices)}."
+    )
+  if len(devices) == 1:
+    return None
+  return jax.sharding.Mesh(
+    np.asarray(devices),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
   )
 
 

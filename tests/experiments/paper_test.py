@@ -19,12 +19,13 @@ class ScriptsTest(scripts_test.ScriptCase):
       "paper_runs",
       "--smoke",
       "--seed=3",
-      "--variant=full",
-      f"--variant={_OTHER}",
+      "--part=base",
+      "--part=full",
+      f"--part={_OTHER}",
       f"--output_dir={runs}",
     )
     self.assert_succeeds(done)
-    self.assertIn("All trained.", done.stdout)
+    self.assertIn("All done.", done.stdout)
     searches = json.loads((runs / "search.json").read_text())
     self.assertEqual(searches["text"]["patterns"]["1/2"], "FS")
     done = scripts_test.run(
@@ -58,6 +59,29 @@ class ScriptsTest(scripts_test.ScriptCase):
       ["--smoke", f"--runs={self.folder}"],
       "--runs must name folders that hold a base model .*paper_runs",
     )
+    self.assert_refuses(
+      "paper_runs",
+      ["--smoke", "--part=full", f"--output_dir={self.folder}"],
+      "--part must name `base` until the base model is trained",
+    )
+
+  def test_compiles_for_another_process(self):
+    cache = self.folder / "programs"
+    done = scripts_test.run(
+      "paper_runs",
+      "--smoke",
+      "--part=base",
+      f"--part={_OTHER}",
+      "--compile_only",
+      f"--output_dir={self.folder / 'seed0'}",
+      JAX_COMPILATION_CACHE_DIR=str(cache),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+    self.assert_succeeds(done)
+    self.assertIn("base: compiled.", done.stdout)
+    self.assertIn(f"{_OTHER}: nothing to compile before", done.stdout)
+    self.assertTrue(list(cache.glob("jit_train_step-*")))
+    self.assertFalse((self.folder / "seed0").exists())
 
 
 def record(seed, losses, exact):

@@ -30,12 +30,14 @@ def command(name, *args):
   return [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
 
 
-def run(name, *args, num_devices=1):
+def run(name, *args, num_devices=1, **environment):
   """Runs a script as a user does."""
-  return run_python(*command(name, *args)[1:], num_devices=num_devices)
+  return run_python(
+    *command(name, *args)[1:], num_devices=num_devices, **environment
+  )
 
 
-def run_python(*args, num_devices=1):
+def run_python(*args, num_devices=1, **environment):
   devices = f"--xla_force_host_platform_device_count={num_devices}"
   return subprocess.run(
     [sys.executable, *args],
@@ -46,7 +48,8 @@ def run_python(*args, num_devices=1):
     | {
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": f"{_FAST_COMPILATION} {devices}",
-    },
+    }
+    | environment,
   )
 
 
