@@ -21,6 +21,7 @@ import datetime
 import json
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -213,35 +214,85 @@ def compile_all(series, params, contexts, log: "Log") -> None:
 
 
 def lower_programs(config, params, contexts) -> list:
-  """A chunk of prefill and a block of decoding, lowered for one request."""
-  model = ic.SparseTransformer(config)
-  cache = jax.eval_shape(
-    lambda: ic.init_cache(config, 1, cache_capacity(contexts))
-  )
-
-  def int32(*sizes):
-    return jax.ShapeDtypeStruct(sizes, jnp.int32)
-
-  state = generation.DecodeState(
-    jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
-    cache,
-    jax.ShapeDtypeStruct((1,), bool),
-    int32(),
-  )
+  """A chunk of prefill, and a block of decoding for each number of requests."""
+  capacity = cache_capacity(contexts)
   programs = []
   if "prefill" in _PHASES.value:
+    cache = jax.eval_shape(lambda: ic.init_cache(config, 1, capacity))
     programs.append(
       generation.extend.lower(
-        model, params, int32(1, _CHUNK_SIZE.value), int32(1), cache
+        ic.SparseTransformer(config),
+        params,
+        _int32(1, _CHUNK_SIZE.value),
+        _int32(1),
+        cache,
       )
     )
   if "decode" in _PHASES.value:
-    programs.append(
-      generation.decode_block.lower(
-        model, params, state, jax.random.key(0), None, int32(0), int32()
-      )
-    )
+    sizes = [(1, capacity)]
+    sizes += [
+      (requests.count, requests.capacity)
+      for requests in batches(config, params)
+    ]
+    programs += [lower_decoding(config, params, *size) for size in sizes]
   return programs
+
+
+def lower_decoding(config, params, batch, capacity):
+  """A block of decoding for `batch` requests with caches of `capacity`."""
+  state = generation.DecodeState(
+    jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32),
+    jax.eval_shape(lambda: ic.init_cache(config, batch, capacity)),
+    jax.ShapeDtypeStruct((batch,), bool),
+    _int32(),
+  )
+  return generation.decode_block.lower(
+    ic.SparseTransformer(config),
+    params,
+    state,
+    jax.random.key(0),
+    None,
+    _int32(0),
+    _int32(),
+  )
+
+
+def _int32(*sizes):
+  return jax.ShapeDtypeStruct(sizes, jnp.int32)
+
+
+class Requests(NamedTuple):
+  """Requests of one length, decoded together.
+
+  Attributes:
+    context: tokens of each.
+    count: of the requests.
+    capacity: of each cache.
+  """
+
+  context: int
+  count: int
+  capacity: int
+
+
+def batches(config, params) -> list[Requests]:
+  """As many requests as fit at each of --batch_contexts, where any does."""
+  token_bytes = costs.schedule_costs(config, context=1).cache_bytes
+  found = []
+  for context in sorted(map(int, _BATCH_CONTEXTS.value)):
+    capacity = context + 2 * _NEW_TOKENS.value
+    fits = free_bytes(params) // (token_bytes * capacity)
+    if fits:
+      count = int(min(_MAX_BATCH.value, fits))
+      found.append(Requests(context, count, capacity))
+  return found
+
+
+def free_bytes(params) -> int:
+  """Bytes for caches beside the parameters and a chunk's activations."""
+  stats = jax.devices()[0].memory_stats() or {}
+  held = sum(x.nbytes for x in jax.tree.leaves(params))
+  return max(stats.get("bytes_limit", 0) - held - _ACTIVATION_BYTES, 0)
 
 
 def cache_capacity(contexts: list[int]) -> int:
@@ -301,7 +352,7 @@ class Bench:
       capacity=cache.capacity,
       bytes_per_token=cache.num_bytes / cache.capacity,
       computed_bytes_per_token=token_bytes,
-      longest_context=self._free_bytes() // token_bytes,
+      longest_context=free_bytes(self._params) // token_bytes,
     )
     logits = None
     if "prefill" in _PHASES.value:
@@ -322,16 +373,10 @@ class Bench:
         logits = jnp.zeros((1, config.vocab_size), jnp.float32)
       self._decode_all(contexts, logits, cache)
       del cache
-      self._decode_batches(sorted(map(int, _BATCH_CONTEXTS.value)))
+      self._decode_batches()
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       self._add("peak", bytes=stats["peak_bytes_in_use"])
-
-  def _free_bytes(self):
-    """Bytes for caches beside the parameters and a chunk's activations."""
-    stats = jax.devices()[0].memory_stats() or {}
-    held = sum(x.nbytes for x in jax.tree.leaves(self._params))
-    return max(stats.get("bytes_limit", 0) - held - _ACTIVATION_BYTES, 0)
 
   def _prefill(self, cache, context):
     """Time to first token is that of all chunks."""
@@ -393,20 +438,14 @@ class Bench:
       num_tokens -= limit
     return jax.block_until_ready(state)
 
-  def _decode_batches(self, contexts):
+  def _decode_batches(self):
     """As many requests as fit, each with a cache of its own."""
     config = self._config
-    token_bytes = costs.schedule_costs(config, context=1).cache_bytes
-    for context in contexts:
-      capacity = context + 2 * _NEW_TOKENS.value
-      fits = self._free_bytes() // (token_bytes * capacity)
-      batch = int(min(_MAX_BATCH.value, fits))
-      if batch < 1:
-        continue
-      cache = ic.init_cache(config, batch, capacity)
-      cache = random_model.random_cache(cache, context)
-      logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
-      self._decode_all([context], logits, cache)
+    for requests in batches(config, self._params):
+      cache = ic.init_cache(config, requests.count, requests.capacity)
+      cache = random_model.random_cache(cache, requests.context)
+      logits = jnp.zeros((requests.count, config.vocab_size), jnp.float32)
+      self._decode_all([requests.context], logits, cache)
 
   def _add(self, metric, **record):
     self._log.add(**self._labels, metric=metric, **record)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import indexcache_jax as ic
+from indexcache_jax import attention, decoder
 
 # Of a correction bias; scores are sigmoids, from 0 to 1.
 _FIRST_STEP = 0.05
@@ -61,67 +62,75 @@ def balance_experts(
   Random routers send most tokens to few experts, for the hidden states of a
   random model have much in common. The biases are moved as DeepSeek-V3 moves
   them in training (arXiv 2412.19437, section 2.1.2): up for an expert below
-  the mean load, down above, in steps that shrink.
+  the mean load, down above, in steps that shrink. Layer after layer, for a bias
+  changes what later layers see: one compiled layer serves all of its kind.
 
   Args:
-    config: of the model; with experts.
-    params: of `random_params`.
+    config: of the model; with experts. Every layer runs its indexer.
+    params: of `random_params`, for all layers full.
     num_tokens: random tokens that are routed.
-    num_steps: forward passes.
+    num_steps: passes through each layer.
 
   Returns:
     Parameters, and for each layer of experts the tokens of its fullest expert
     over the mean. A trained router stays below about 2; 1 is even.
   """
-  model = ic.SparseTransformer(config)
   tokens = jax.random.randint(
     jax.random.key(1), (1, num_tokens), 0, config.vocab_size
   )
-  layers = [
-    f"layers_{layer}"
-    for layer in range(config.num_hidden_layers)
-    if config.is_sparse_mlp(layer)
-  ]
-
-  @jax.jit
-  def loads(params, biases):
-    """Load of each expert over the mean, a row a layer."""
-    _, state = model.apply(
-      {"params": _with_biases(params, layers, biases)},
-      tokens,
-      logits_for="last",
-      capture_intermediates=lambda module, _: module.name == "gate",
-    )
-    counts = [
-      jnp.bincount(
-        state["intermediates"][layer]["mlp"]["gate"]["__call__"][
-          0
-        ].experts.reshape(-1),
-        length=config.n_routed_experts,
-      )
-      for layer in layers
-    ]
-    share = config.num_experts_per_tok / config.n_routed_experts
-    return jnp.stack(counts) / (num_tokens * share)
-
-  biases = jnp.zeros((len(layers), config.n_routed_experts), jnp.float32)
-  for step in range(num_steps):
-    change = jnp.clip(1 - loads(params, biases), -1, 1)
-    biases += _FIRST_STEP * 0.93**step * change
-  return (
-    _with_biases(params, layers, biases),
-    np.asarray(loads(params, biases).max(axis=1), np.float64),
+  context = attention.make_context(config, tokens)
+  hidden = ic.SparseTransformer(config).apply(
+    {"params": params}, tokens, method="embed"
   )
+  balanced, fullest = dict(params), []
+  for layer in range(config.num_hidden_layers):
+    name = f"layers_{layer}"
+    use_experts = config.is_sparse_mlp(layer)
+    block = decoder.DecoderLayer(config, use_experts=use_experts)
+    if use_experts:
+      balanced[name], load = _balance_layer(
+        block, params[name], hidden, context, num_steps
+      )
+      fullest.append(load)
+    hidden = _run_layer(block, balanced[name], hidden, context)
+  return balanced, np.asarray(fullest, np.float64)
 
 
-def _with_biases(params, layers, biases):
-  """The parameters with other correction biases."""
-  changed = dict(params)
-  for layer, bias in zip(layers, biases, strict=True):
-    block = params[layer]
-    gate = {**block["mlp"]["gate"], "e_score_correction_bias": bias}
-    changed[layer] = {**block, "mlp": {**block["mlp"], "gate": gate}}
-  return changed
+def _balance_layer(block, params, hidden, context, num_steps):
+  """A layer's parameters with its bias moved, and its fullest expert's load."""
+  bias = jnp.zeros((block.config.n_routed_experts,), jnp.float32)
+  for step in range(num_steps):
+    loads = _loads(block, params, bias, hidden, context)
+    bias += _FIRST_STEP * 0.93**step * jnp.clip(1 - loads, -1, 1)
+  fullest = float(_loads(block, params, bias, hidden, context).max())
+  return _with_bias(params, bias), fullest
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _loads(block, params, bias, hidden, context):
+  """Load of each expert over the mean."""
+  config = block.config
+  _, state = block.apply(
+    {"params": _with_bias(params, bias)},
+    hidden,
+    context,
+    capture_intermediates=lambda module, _: module.name == "gate",
+  )
+  [routing] = state["intermediates"]["mlp"]["gate"]["__call__"]
+  experts = routing.experts.reshape(-1)
+  counts = jnp.bincount(experts, length=config.n_routed_experts)
+  return counts * config.n_routed_experts / experts.size
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _run_layer(block, params, hidden, context):
+  return block.apply({"params": params}, hidden, context)[0]
+
+
+def _with_bias(params, bias):
+  """A layer's parameters with another correction bias."""
+  gate = {**params["mlp"]["gate"], "e_score_correction_bias": bias}
+  return {**params, "mlp": {**params["mlp"], "gate": gate}}
 
 
 def random_cache(cache: ic.Cache, length: int, seed: int = 0) -> ic.Cache:
