@@ -5,7 +5,8 @@
   python -m tests.gpu.compile_kernels [--ops=topk] [--name=128k] [--subset]
 
 Through ptxas, which refuses what lowering alone accepts. A case fails on an
-error, on a register spill and on temporary memory above its bound.
+error, on a register spill, on temporary memory above its bound and on machine
+code that ptxas is known to get wrong.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ targets.set_environment()
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
 from tests.gpu import cases as cases_lib  # noqa: E402
+from tests.gpu import disassembly  # noqa: E402
 
 _OPS = flags.DEFINE_list("ops", list(cases_lib.OPS), "Ops.")
 _NAME = flags.DEFINE_string("name", "", "Only cases with this in their name.")
@@ -37,6 +39,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 def main(_):
   import jax
 
+  disassembly.set_environment()
   print(f"jax {jax.__version__}, sm_90a")
   chosen = [
     case
@@ -73,6 +76,9 @@ def check(case):
     last = report[-1][-1500:] if report else ""
     return f"{type(error).__name__}: {str(error)[:600]}\n{last}", ""
   text = "".join(report)
+  wrong_code = disassembly.fault(text)
+  if wrong_code:
+    return wrong_code, ""
   spills = [int(stores) + int(loads) for stores, loads in _SPILL.findall(text)]
   registers = _REGISTERS.findall(text)
   temp_bytes = compiled.memory_analysis().temp_size_in_bytes

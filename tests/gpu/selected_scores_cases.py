@@ -18,6 +18,7 @@ _SHAPES = {
     if "decode" not in name and s.dim % 64 == 0
   },
   "glm_5_train_8k": shapes.Shape(2, 8192, 8192, 32, 128, 2048),
+  "paper_train_8k": shapes.Shape(4, 8192, 8192, 16, 64, 256),
   "dim_64": shapes.Shape(2, 13, 40, 12, 64, 8),
 }
 _scores = functools.partial(
@@ -49,7 +50,7 @@ def _cases(name, shape):
     jax.ShapeDtypeStruct((*leading, k), jnp.int32),
   ]
   grad = jax.ShapeDtypeStruct((*leading, k), jnp.float32)
-  subset = name == "dim_64"
+  subset = name in ("dim_64", "paper_train_8k")
   return [
     Case(
       op="selected_scores",

@@ -14,6 +14,7 @@ from tests.gpu.cases import Case
 _SHAPES = {
   **{name: s for name, s in shapes.SHAPES.items() if "decode" not in name},
   "glm_5_train_8k": shapes.Shape(2, 8192, 8192, 64, 576, 512, 2048),
+  "paper_train_8k": shapes.Shape(4, 8192, 8192, 8, 128, 96, 256),
   "one_query_one_row": shapes.Shape(1, 1, 1, 1, 64, 64, 1),
 }
 
