@@ -143,7 +143,8 @@ def _whole(seed, dtype):
     short_context=1024,
     short_steps=600,
     dense_steps=850,
-    warmup_steps=60,
+    warmup_steps=160,
+    warmup_batch_size=2,
     sparse_steps=120,
     ramp_steps=40,
     learning_rate=1e-3,
@@ -156,7 +157,7 @@ def _whole(seed, dtype):
     config=ic.PRESETS["paper"]().replace(dtype=dtype, param_dtype=jnp.float32),
     base=base,
     variant=dataclasses.replace(
-      base, short_steps=0, dense_steps=0, warmup_steps=20, sparse_steps=60
+      base, short_steps=0, dense_steps=0, warmup_steps=60, sparse_steps=60
     ),
     lengths=(2048, 4096, 8192),
     depths=(0.0, 0.25, 0.5, 0.75, 1.0),

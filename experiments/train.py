@@ -63,6 +63,12 @@ _SHORT_CONTEXT = flags.DEFINE_integer(
 _SHORT_STEPS = flags.DEFINE_integer(
   "short_steps", 0, "Steps of stage 0 on short sequences."
 )
+_WARMUP_BATCH_SIZE = flags.DEFINE_integer(
+  "warmup_batch_size",
+  None,
+  "Sequences of a warm-up step; default: --batch_size.",
+  lower_bound=1,
+)
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 2000, "Stage 0.")
 _WARMUP_STEPS = flags.DEFINE_integer("warmup_steps", 150, "Stage 1.")
 _SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 250, "Stage 2.")
@@ -147,6 +153,7 @@ def _configs():
     accumulation=_ACCUMULATION.value,
     short_context=_SHORT_CONTEXT.value,
     short_steps=_SHORT_STEPS.value,
+    warmup_batch_size=_WARMUP_BATCH_SIZE.value,
     dense_steps=steps[0],
     warmup_steps=steps[1],
     sparse_steps=steps[2],

@@ -161,11 +161,13 @@ def _place(tokens, train, state):
 def _mesh(train):
   """All devices in one axis; None for a single one."""
   devices = jax.devices()
-  if train.batch_size % (train.accumulation * len(devices)):
-    raise ValueError(
-      "--batch_size must be a multiple of --accumulation times the devices:"
-      f" got {train.batch_size} for {train.accumulation} x {len(devices)}."
-    )
+  for field in ("batch_size", "warmup_batch_size"):
+    size = getattr(train, field)
+    if size is not None and size % (train.accumulation * len(devices)):
+      raise ValueError(
+        f"--{field} must be a multiple of --accumulation times the devices:"
+        f" got {size} for {train.accumulation} x {len(devices)}."
+      )
   if len(devices) == 1:
     return None
   return jax.sharding.Mesh(

@@ -48,6 +48,9 @@ class TrainConfig:
     short_context: tokens of a sequence in the first `short_steps` steps, which
       hold as many tokens in all; None: `context`.
     short_steps: of the dense stage, on short sequences.
+    warmup_batch_size: sequences of a warm-up step; None: `batch_size`. The
+      loss over all keys costs several times a step of the other stages, and
+      the indexers need many steps rather than large ones.
     dense_steps: steps of the language model under dense attention.
     warmup_steps: steps of the indexers alone.
     sparse_steps: steps under sparse attention.
@@ -76,6 +79,7 @@ class TrainConfig:
   accumulation: int = 1
   short_context: int | None = None
   short_steps: int = 0
+  warmup_batch_size: int | None = None
   sparse_trains: Trained = "all"
   learning_rate: float = 2e-3
   indexer_learning_rate: float = 5e-3
@@ -117,11 +121,13 @@ class TrainConfig:
         "`short_steps` are the first ones of the dense stage: got"
         f" short_steps={self.short_steps} for dense_steps={self.dense_steps}."
       )
-    if self.batch_size % self.accumulation:
-      raise ValueError(
-        "`accumulation` must divide `batch_size`: got"
-        f" accumulation={self.accumulation} for batch_size={self.batch_size}."
-      )
+    for field in ("batch_size", "warmup_batch_size"):
+      size = getattr(self, field)
+      if size is not None and (size < 1 or size % self.accumulation):
+        raise ValueError(
+          f"`accumulation` must divide `{field}`: got"
+          f" accumulation={self.accumulation} for {field}={size}."
+        )
 
   @property
   def num_steps(self) -> int:
@@ -138,6 +144,8 @@ class TrainConfig:
 
   def batch_shape(self, step: int) -> tuple[int, int]:
     """Sequences of a step and their tokens."""
+    if self.stage(step) == "warmup" and self.warmup_batch_size is not None:
+      return self.warmup_batch_size, self.context
     if self.short_context is None or step >= self.short_steps:
       return self.batch_size, self.context
     parts = self.context // self.short_context

@@ -153,6 +153,14 @@ class BatchTest(absltest.TestCase):
     tokens = np.arange(100, dtype=np.int32)
     self.assertEqual(training.training_batch(tokens, train, 0).shape, (6, 8))
 
+  def test_fewer_sequences_in_the_warm_up(self):
+    train = train_config(warmup_batch_size=1)
+    start = train.dense_steps
+    self.assertEqual(
+      [train.batch_shape(step)[0] for step in (start - 1, start)], [2, 1]
+    )
+    self.assertEqual(train.batch_shape(train.num_steps - 1)[0], 2)
+
 
 class ErrorsTest(absltest.TestCase):
   def test_names_step_and_tensor(self):
@@ -183,6 +191,10 @@ class ErrorsTest(absltest.TestCase):
       ({"short_context": 7}, "`short_context` must divide .*=7 .*=24"),
       ({"short_steps": 4}, "`short_steps` .*=4 for dense_steps=3"),
       ({"accumulation": 4}, "`accumulation` must divide .*=4 .*=2"),
+      (
+        {"accumulation": 2, "warmup_batch_size": 3},
+        "`accumulation` must divide `warmup_batch_size`: .*=2 .*=3",
+      ),
     ):
       with self.assertRaisesRegex(ValueError, message):
         train_config(**changes)
