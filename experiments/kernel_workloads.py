@@ -290,13 +290,27 @@ _SPARSE_MLA = {
   "decode b8 131072 64 heads": (8, 1, 131072, 64),
   "decode b64 131072 64 heads": (64, 1, 131072, 64),
 }
+# Of them, those with latents in float8, too.
+_FLOAT8_LATENTS = (
+  "4096x131072 64 heads",
+  "4096x131072 20 heads",
+  "decode b1 131072 64 heads",
+  "decode b8 131072 64 heads",
+  "decode b64 131072 64 heads",
+)
 
 
-def _mla_inputs(key, batch, num_queries, num_keys, heads):
+def _mla_inputs(key, batch, num_queries, num_keys, heads, is_float8=False):
   keys = jax.random.split(key, 3)
+  kv_latent = _normal(keys[1], (batch, num_keys, 576))
+  if is_float8:
+    # A sequence at a time, lest float32 copies of the largest caches are made.
+    kv_latent = jax.jit(
+      lambda kv: jax.lax.map(lambda row: pk.quantize_latents(row, 512), kv)
+    )(kv_latent)
   return (
     _normal(keys[0], (batch, num_queries, heads, 576)),
-    _normal(keys[1], (batch, num_keys, 576)),
+    kv_latent,
     _selection(keys[2], batch, num_queries, num_keys, 2048),
   )
 
@@ -317,7 +331,14 @@ def _sparse_mla():
     query, kv_latent, topk_indices = args
     few = slice(-_CHECKED, None)
     # Only the rows that are read, in float32.
-    rows = jax.vmap(lambda kv, i: kv[i])(kv_latent, topk_indices[:, few])
+    rows = jax.tree.map(
+      lambda table: jax.vmap(lambda rows, i: rows[i])(
+        table, topk_indices[:, few]
+      ),
+      kv_latent,
+    )
+    if isinstance(rows, pk.QuantizedLatents):
+      rows = pk.dequantize_latents(rows)
     batch, queries, k, width = rows.shape
     flat = batch * queries
     expected = _attend(
@@ -328,16 +349,19 @@ def _sparse_mla():
     )
     return _relative_error(out[:, few], expected.reshape(out[:, few].shape))
 
+  names = [(name, False) for name in _SPARSE_MLA]
+  names += [(name, True) for name in _FLOAT8_LATENTS]
   return [
     Workload(
       op="sparse_mla",
-      name=name,
+      name=f"{name} fp8" if is_float8 else name,
       make=functools.partial(
         _mla_inputs,
         batch=batch,
         num_queries=queries,
         num_keys=num_keys,
         heads=heads,
+        is_float8=is_float8,
       ),
       function=_attend,
       error=check,
@@ -346,7 +370,8 @@ def _sparse_mla():
       unit="TFLOP/s",
       ceiling="bfloat16",
     )
-    for name, (batch, queries, num_keys, heads) in _SPARSE_MLA.items()
+    for name, is_float8 in names
+    for batch, queries, num_keys, heads in (_SPARSE_MLA[name],)
   ]
 
 

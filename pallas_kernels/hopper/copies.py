@@ -41,7 +41,7 @@ _PASS_ROWS = WARPGROUP // _ROW_THREADS
 # Each row is nine lines of 128 bytes: a prefetch of 256 loses 10%. The rows
 # are read again and again, what else passes through the cache is not: to keep
 # them longest gains sparse attention 2 to 3%.
-_CACHE_HINTS = ".L2::cache_hint.L2::128B"
+_PREFETCH = ".L2::128B"
 _CACHE_POLICY = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
 _WAIT_NANOSECONDS = 10_000_000
 
@@ -143,78 +143,104 @@ def start_row_copies(
   destination: jax.Ref,
   *,
   column_tiles: tuple[int, int],
+  to_tile: int | None = None,
+  is_kept: bool = True,
 ):
   """Starts copies of rows, or of some of their columns, as one warpgroup.
 
   Args:
-    table: 2-byte elements in global memory, `[any, width]`, width a multiple
-      of 64.
+    table: in global memory, `[any, width]`, a row of whole tiles of 128 bytes:
+      64 elements of 2 bytes, or 128 of 1, which wgmma can't read as they lie.
     first_row: added to each index, an int32 scalar.
     num_rows: an index is cut to `num_rows - 1`; a negative one gives zeros,
       and nothing is read for it.
     indices: of `load_indices`, by the same warpgroup.
     destination: `[rows, width]` in shared memory with `TRANSFORMS`.
-    column_tiles: first and last (exclusive) tile of 64 columns.
+    column_tiles: first and last (exclusive) tile of a row of `table`.
+    to_tile: where the first of them goes in `destination`; None: to the same.
+    is_kept: whether the cache keeps these rows longest.
   """
+  shift = 0 if to_tile is None else to_tile - column_tiles[0]
   rows = indices.shape[0] // WARPGROUP * _PASS_ROWS
 
   @plgpu.inline_mgpu(
     arg_types=(_REF, _SCALAR, _indices_layout(rows), _TILED_REF)
   )
   def start(_, table, first_row, indices, destination):
-    width = ir.MemRefType(table.type).shape[-1]
-    tiles_a_row = width // TILE
-    row = _row_of_thread()
+    row_bytes = _row_bytes(table)
     chunk = arith.andi(_thread(), _constant(_ROW_THREADS - 1))
-    row_in_tile = arith.andi(row, _constant(7))
     source = _byte_pointer(
       _global_pointer(table),
       arith.extui(_i64(), arith.muli(chunk, _constant(_CHUNK_BYTES))),
     )
-    # The permutation of chunks depends on the row alone: every tile and pass
-    # is a constant further.
-    target = _byte_pointer(
-      utils.memref_ptr(destination),
-      _sum(
-        arith.muli(
-          arith.shrui(row, _constant(3)), _constant(tiles_a_row * _TILE_BYTES)
-        ),
-        arith.muli(row_in_tile, _constant(_ROW_BYTES)),
-        arith.muli(arith.xori(chunk, row_in_tile), _constant(_CHUNK_BYTES)),
-      ),
-    )
-    policy = utils.inline_ptx(_CACHE_POLICY, result_types=_i64())
-    for i, register in enumerate(indices.registers.flat):
-      index = vector.extract(register, dynamic_position=[], static_position=[0])
-      is_row = arith.cmpi(arith.CmpIPredicate.sge, index, _constant(0))
-      # A copy of 0 bytes of 16 fills with zeros.
-      num_bytes = arith.select(is_row, _constant(_CHUNK_BYTES), _constant(0))
-      index = arith.minsi(
-        arith.maxsi(index, _constant(0)), _constant(num_rows - 1)
-      )
-      index = arith.addi(index, first_row.registers.item())
-      from_row = _byte_pointer(
-        source,
-        arith.muli(
-          arith.extui(_i64(), index), arith.constant(_i64(), 2 * width)
-        ),
-      )
-      to_row = _byte_pointer(
-        target, i * (_PASS_ROWS // 8) * tiles_a_row * _TILE_BYTES
-      )
+    first = _first_chunk(destination)
+    hints, policy = _PREFETCH, ()
+    if is_kept:
+      hints = f".L2::cache_hint{_PREFETCH}"
+      policy = (utils.inline_ptx(_CACHE_POLICY, result_types=_i64()),)
+    targets = _chunk_pointers(first, destination, rows)
+    places = _places(indices, first_row, num_rows, _CHUNK_BYTES)
+    for (index, num_bytes), to_row in zip(places, targets, strict=True):
+      from_row = _row_pointer(source, index, row_bytes)
       for tile in range(*column_tiles):
         utils.inline_ptx(
-          f"cp.async.cg.shared.global{_CACHE_HINTS}"
-          f" [$0 + {tile * _TILE_BYTES}], [$1 + {tile * _ROW_BYTES}],"
-          f" {_CHUNK_BYTES}, $2, $3;",
+          f"cp.async.cg.shared.global{hints}"
+          f" [$0 + {(tile + shift) * _TILE_BYTES}],"
+          f" [$1 + {tile * _ROW_BYTES}],"
+          f" {_CHUNK_BYTES}, $2{', $3' if policy else ''};",
           to_row,
           from_row,
           num_bytes,
-          policy,
+          *policy,
           has_side_effects=True,
         )
 
   start(table, jnp.int32(first_row), indices, destination)
+
+
+def start_scale_copies(
+  scales: jax.Ref,
+  first_row: jax.Array,
+  num_rows: int,
+  indices: jax.Array,
+  destination: jax.Ref,
+  *,
+  to_tile: int,
+):
+  """Starts copies of rows of 4 or 8 bytes, each to its row's chunk 0 of a tile.
+
+  Args:
+    scales: in global memory, `[any, width]`.
+    first_row: as in `start_row_copies`.
+    num_rows: as in `start_row_copies`.
+    indices: as in `start_row_copies`.
+    destination: as in `start_row_copies`.
+    to_tile: of `destination`.
+  """
+  rows = indices.shape[0] // WARPGROUP * _PASS_ROWS
+
+  @plgpu.inline_mgpu(
+    arg_types=(_REF, _SCALAR, _indices_layout(rows), _TILED_REF)
+  )
+  def start(_, scales, first_row, indices, destination):
+    row_bytes = _row_bytes(scales)
+    chunk = arith.andi(_thread(), _constant(_ROW_THREADS - 1))
+    is_copier = arith.cmpi(arith.CmpIPredicate.eq, chunk, _constant(0))
+    source = _global_pointer(scales)
+    targets = _chunk_pointers(_first_chunk(destination), destination, rows)
+    places = _places(indices, first_row, num_rows, row_bytes)
+    for (index, num_bytes), to_row in zip(places, targets, strict=True):
+      utils.inline_ptx(
+        f"cp.async.ca.shared.global [$0 + {to_tile * _TILE_BYTES}], [$1],"
+        f" {row_bytes}, $2;",
+        to_row,
+        _row_pointer(source, index, row_bytes),
+        num_bytes,
+        predicate=is_copier,
+        has_side_effects=True,
+      )
+
+  start(scales, jnp.int32(first_row), indices, destination)
 
 
 def start_word_copies(
@@ -268,6 +294,49 @@ def arrive_when_copied(words: jax.Ref, barrier: jax.Array):
     )
 
   arrive(words, jnp.int32(barrier))
+
+
+def commit():
+  """Makes a group of this thread's copies since the last; see `wait_groups`."""
+
+  @plgpu.inline_mgpu()
+  def end_group(_):
+    utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+
+  end_group()
+
+
+def wait_groups(pending: int):
+  """Waits for all of a warp's groups of copies but the last `pending` ones."""
+
+  @plgpu.inline_mgpu()
+  def wait_for_all(_):
+    utils.inline_ptx(f"cp.async.wait_group {pending};", has_side_effects=True)
+    utils.inline_ptx(
+      "bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True
+    )
+
+  wait_for_all()
+
+
+def arrive(words: jax.Ref, barrier: jax.Array):
+  """Arrives with what this thread stored; `WARPGROUP` arrivals.
+
+  Args:
+    words: as given to `initialize_barriers`.
+    barrier: its number, an int32 scalar.
+  """
+
+  @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR))
+  def arrive_after_stores(_, words, barrier):
+    _fence()
+    utils.inline_ptx(
+      "mbarrier.arrive.shared.b64 _, [$0];",
+      _barrier(words, barrier.registers.item()),
+      has_side_effects=True,
+    )
+
+  arrive_after_stores(words, jnp.int32(barrier))
 
 
 def synchronize(name: int, warpgroups: int):
@@ -327,6 +396,67 @@ def _named_barrier(operation, name, warpgroups):
 def _fence():
   """Orders this thread's view of shared memory before wgmma's and TMA's."""
   utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
+
+
+def _first_chunk(destination):
+  """Where a thread's 16-byte chunk of its first row is, of the first tile.
+
+  A row has 8 threads.
+  """
+  row = _row_of_thread()
+  row_in_tile = arith.andi(row, _constant(7))
+  chunk = arith.andi(_thread(), _constant(_ROW_THREADS - 1))
+  return _byte_pointer(
+    utils.memref_ptr(destination),
+    _sum(
+      arith.muli(
+        arith.shrui(row, _constant(3)),
+        _constant(_row_tiles(destination) * _TILE_BYTES),
+      ),
+      arith.muli(row_in_tile, _constant(_ROW_BYTES)),
+      arith.muli(arith.xori(chunk, row_in_tile), _constant(_CHUNK_BYTES)),
+    ),
+  )
+
+
+def _chunk_pointers(first, destination, rows):
+  """The chunks of a thread's rows, which are 16 apart.
+
+  The permutation of chunks depends on the row alone: every tile and pass is a
+  constant further.
+  """
+  pass_bytes = (_PASS_ROWS // 8) * _row_tiles(destination) * _TILE_BYTES
+  for i in range(rows // _PASS_ROWS):
+    yield _byte_pointer(first, i * pass_bytes)
+
+
+def _row_tiles(destination):
+  return ir.MemRefType(destination.type).shape[1]
+
+
+def _places(indices, first_row, num_rows, num_bytes):
+  """A thread's rows: their numbers in the table, and the bytes to read."""
+  for register in indices.registers.flat:
+    index = vector.extract(register, dynamic_position=[], static_position=[0])
+    is_row = arith.cmpi(arith.CmpIPredicate.sge, index, _constant(0))
+    # A copy of 0 bytes fills its place with zeros.
+    read = arith.select(is_row, _constant(num_bytes), _constant(0))
+    index = arith.minsi(
+      arith.maxsi(index, _constant(0)), _constant(num_rows - 1)
+    )
+    yield arith.addi(index, first_row.registers.item()), read
+
+
+def _row_bytes(table):
+  memref = ir.MemRefType(table.type)
+  return memref.shape[-1] * utils.bitwidth(memref.element_type) // 8
+
+
+def _row_pointer(source, index, row_bytes):
+  return _byte_pointer(
+    source,
+    arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), row_bytes)),
+  )
 
 
 def _indices_layout(rows):

@@ -35,6 +35,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARP = 32
+WARPGROUP = 128
 # All lanes of a warp, for instructions that ask which take part.
 _ALL_LANES = -1
 
@@ -345,6 +346,17 @@ def inline(
     body(machine, *memories, *ints)
 
   emit(*refs, *scalars)
+
+
+def warpgroup_thread() -> Int:
+  """The thread's number in its warpgroup, within inline code.
+
+  Read anew each time: what is computed from it then takes no register between
+  two turns of a loop.
+  """
+  text = "mov.u32 $0, %tid.x;"
+  thread = utils.inline_ptx(text, result_types=_i32(), has_side_effects=True)
+  return Int(_MlirMachine(WARPGROUP), thread) & (WARPGROUP - 1)
 
 
 _BINARY = {

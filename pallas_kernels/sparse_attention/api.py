@@ -53,9 +53,10 @@ def sparse_mla(
   Args:
     query: queries in the latent's space, key up-projection absorbed.
     kv_latent: one row a token; or `quantize_latents` of such rows with the
-      same `value_dim`: attends to the rows that these stand for, in XLA alone
-      and 3 % (normal rows) to 8 % (1 value in 100 a hundred times the others)
-      from what the exact rows give.
+      same `value_dim`: attends to the rows that these stand for, 3 % (normal
+      rows) to 8 % (1 value in 100 a hundred times the others) from what the
+      exact rows give. Not in mosaic_tpu; in mosaic_gpu with a multiple of 256
+      values.
     topk_indices: rows of each query, each at most once, -1 for none; in any
       order.
     scale: factor on the logits.
@@ -66,8 +67,8 @@ def sparse_mla(
 
   Returns:
     Output in `query`'s dtype, zeros for a query without a row; with residuals
-    if asked. Differentiable in `query` and `kv_latent`, in `query` alone where
-    the latents are quantized. Memory beyond that:
+    if asked. Differentiable in `query` and `kv_latent`; in `query` alone, and
+    in XLA, where the latents are quantized. Memory beyond that:
     chunks of queries in XLA, recomputed in the backward pass; in mosaic_gpu's
     backward pass a float32 copy of `kv_latent` and less than 640 MiB; in
     mosaic_tpu's a float32 copy for each core and one packed for the kernel.

@@ -23,6 +23,7 @@ from pallas_kernels.sparse_attention import (
 )
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_probs as probs
+from pallas_kernels.sparse_attention import quantization, reference
 from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
@@ -31,6 +32,8 @@ _MAX_WIDTH = 576
 _MAX_HEADS = 2 * items.ROWS
 # Two warpgroups share the value columns, in tiles of 64.
 _VALUE_MULTIPLE = 2 * items.TILE
+# Each warpgroup's share is of whole tiles of 128 float8 columns.
+_QUANTIZED_MULTIPLE = 2 * quantization.BLOCK
 # In steps' worth of time: what a block spends on an item beside its steps, what
 # a sum over splits takes, and what each part adds to it. Ranks as measured, 8
 # queries of 64 heads: 19.7 us in 8 parts, 21.4 in 16, 23 in 4.
@@ -49,14 +52,13 @@ def sparse_mla(
 
   Widths that are no multiple of 64, values of no multiple of 128 columns,
   heads of no multiple of 8 and rows of no multiple of 128 are padded: copies.
+  Quantized latents are widened as they are gathered, to the same results as
+  those of `dequantize_latents` bit for bit; their gradient is XLA's.
 
   Raises:
-    NotImplementedError: a chip, dtype or shape that the kernels can't run;
-      quantized latents.
+    NotImplementedError: a chip, dtype or shape that the kernels can't run.
   """
   chip.chip()
-  if isinstance(kv_latent, QuantizedLatents):
-    raise NotImplementedError("needs latents in bfloat16: got QuantizedLatents")
   heads, width = query.shape[2:]
   padded_values = _round_up(value_dim, _VALUE_MULTIPLE)
   padded_width = max(_round_up(width, items.TILE), padded_values)
@@ -67,7 +69,7 @@ def sparse_mla(
     jnp.pad(
       query, ((0, 0), (0, 0), (0, _padded_heads(heads) - heads), columns)
     ),
-    jnp.pad(kv_latent, ((0, 0), (0, 0), columns)),
+    _padded_latents(kv_latent, columns),
     jnp.pad(
       topk_indices,
       ((0, 0), (0, 0), (0, -count % items.STEP_KEYS)),
@@ -84,10 +86,15 @@ def sparse_mla(
 
 
 def _check(query, kv_latent, topk_indices, padded_width):
-  if query.dtype != jnp.bfloat16 or kv_latent.dtype != jnp.bfloat16:
+  expected = ["bfloat16", "bfloat16"]
+  if isinstance(kv_latent, QuantizedLatents):
+    _check_quantized(kv_latent)
+    expected = ["bfloat16", "float8_e4m3fn", "bfloat16", "bfloat16"]
+  dtypes = [x.dtype.name for x in jax.tree.leaves((query, kv_latent))]
+  if dtypes != expected:
     raise NotImplementedError(
-      "needs query and latent in bfloat16: got"
-      f" {query.dtype} and {kv_latent.dtype}"
+      f"needs query and latent in {' and '.join(expected)}: got"
+      f" {' and '.join(dtypes)}"
     )
   if query.shape[2] > _MAX_HEADS:
     raise NotImplementedError(
@@ -114,6 +121,21 @@ def _check(query, kv_latent, topk_indices, padded_width):
     )
 
 
+def _check_quantized(latents):
+  value_dim, rest = latents.values.shape[-1], latents.rest.shape[-1]
+  if value_dim % _QUANTIZED_MULTIPLE or not rest:
+    raise NotImplementedError(
+      f"needs QuantizedLatents of a multiple of {_QUANTIZED_MULTIPLE} values"
+      f" and of other columns: got {value_dim} and {rest}"
+    )
+
+
+def _padded_latents(kv_latent, columns):
+  if isinstance(kv_latent, QuantizedLatents):
+    return kv_latent._replace(rest=_padded_latents(kv_latent.rest, columns))
+  return jnp.pad(kv_latent, ((0, 0), (0, 0), columns))
+
+
 def _head_tiles(heads):
   return -(-heads // items.ROWS)
 
@@ -131,7 +153,7 @@ def _round_up(x, multiple):
 def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
   """`sparse_mla` of padded arrays, of which `num_heads` heads count."""
   batch, num_queries, heads, width = query.shape
-  num_keys = kv_latent.shape[1]
+  _, num_keys, _ = kv_latent.shape
   tiles = _head_tiles(heads)
   multiprocessors = chip.chip().num_multiprocessors
   problem = items.Problem(
@@ -148,7 +170,7 @@ def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
   )
   flat = (
     query.reshape(-1, heads, width),
-    kv_latent.reshape(-1, width),
+    jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), kv_latent),
     indices.reshape(-1, problem.count),
   )
   out, log_sum_exp = _run(problem, *flat)
@@ -224,13 +246,24 @@ def combine(
 
 
 def _forward(query, kv_latent, indices, scale, value_dim, num_heads):
-  arguments = (query.value, kv_latent.value, indices.value)
+  arguments = jax.tree.map(
+    lambda primal: primal.value, (query, kv_latent, indices)
+  )
   out, residuals = _attend(*arguments, scale, value_dim, num_heads)
   return (out, residuals), (*arguments, out, residuals.log_sum_exp)
 
 
 def _backward(scale, value_dim, num_heads, saved, grads):
   query, kv_latent, indices, out, log_sum_exp = saved
+  if isinstance(kv_latent, QuantizedLatents):
+    attend = functools.partial(
+      reference.sparse_mla,
+      kv_latent=kv_latent,
+      topk_indices=indices,
+      scale=scale,
+      value_dim=value_dim,
+    )
+    return _quantized_backward(attend, query, num_heads, grads), None, None
   grad_out, residuals = grads
   grad_query, grad_latent = backward.sparse_mla_backward(
     query,
@@ -246,6 +279,23 @@ def _backward(scale, value_dim, num_heads, saved, grads):
     num_heads=num_heads,
   )
   return grad_query, grad_latent, None
+
+
+def _quantized_backward(attend, query, num_heads, grads):
+  """XLA's gradient of the queries, of which some heads are padding."""
+  grad_out, residuals = jax.tree.map(
+    lambda grad: jnp.zeros(grad.shape, grad.dtype) if _is_zero(grad) else grad,
+    grads,
+    is_leaf=_is_zero,
+  )
+  _, vjp = jax.vjp(lambda query: attend(query[:, :, :num_heads]), query)
+  (grad_query,) = vjp(
+    (
+      grad_out[:, :, :num_heads],
+      residuals._replace(log_sum_exp=residuals.log_sum_exp[:, :, :num_heads]),
+    )
+  )
+  return grad_query
 
 
 def _is_zero(grad):

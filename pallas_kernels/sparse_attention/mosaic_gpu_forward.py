@@ -24,6 +24,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.hopper import copies
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 ROWS = items.ROWS
 TILE = items.TILE
@@ -40,7 +41,7 @@ _PROBS_0, _PROBS_1, _SUMS = 8, 9, 10
 def call(
   problem: items.Problem,
   query: BFloat16[Array, "F N C"],
-  table: BFloat16[Array, "BS C"],
+  table: BFloat16[Array, "BS C"] | QuantizedLatents,
   indices: Int32[Array, "F K"],
 ) -> tuple[Float[Array, "..."], Float32[Array, "items 64"]]:
   """Runs the kernel.
@@ -85,7 +86,7 @@ class _Refs:
 
   Attributes:
     query: `[F, N, C]`.
-    table: `[B S, C]`.
+    table: `[B S, C]`, or its three arrays.
     indices: `[F, K]`.
     out: as `call` returns it.
     log_sum_exp: `[items, 64]`.
@@ -97,7 +98,7 @@ class _Refs:
   """
 
   query: jax.Ref
-  table: jax.Ref
+  table: jax.Ref | QuantizedLatents
   indices: jax.Ref
   out: jax.Ref
   log_sum_exp: jax.Ref

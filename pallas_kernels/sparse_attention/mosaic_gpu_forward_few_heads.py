@@ -22,6 +22,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hopper import copies, fragments
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 ROWS = items.ROWS
 TILE = items.TILE
@@ -40,7 +41,7 @@ _BOTH = 8
 def call(
   problem: items.Problem,
   query: BFloat16[Array, "F N C"],
-  table: BFloat16[Array, "BS C"],
+  table: BFloat16[Array, "BS C"] | QuantizedLatents,
   indices: Int32[Array, "F K"],
 ) -> tuple[BFloat16[Array, "F N V"], Float32[Array, "F 64"]]:
   """Runs the kernel.
@@ -88,7 +89,7 @@ class _Refs:
 
   Attributes:
     query: `[F, N, C]`.
-    table: `[B S, C]`.
+    table: `[B S, C]`, or its three arrays.
     indices: `[F, K]`.
     out: `[F, N, value_dim]`.
     log_sum_exp: `[F, 64]`.
@@ -103,7 +104,7 @@ class _Refs:
   """
 
   query: jax.Ref
-  table: jax.Ref
+  table: jax.Ref | QuantizedLatents
   indices: jax.Ref
   out: jax.Ref
   log_sum_exp: jax.Ref

@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import copies
+from pallas_kernels.hopper import copies, float8_rows
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 # Rows of wgmma: heads of a tile, and keys of half a step.
 ROWS = 64
@@ -107,6 +108,12 @@ class Problem:
     middle = self.value_tiles // 2
     return (0, middle), (middle, self.column_tiles)
 
+  @property
+  def value_parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The same of the values alone."""
+    middle = self.value_tiles // 2
+    return (0, middle), (middle, self.value_tiles)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -177,7 +184,7 @@ def compiler_params() -> plgpu.CompilerParams:
 
 def run_block(
   problem: Problem,
-  table: jax.Ref,
+  table: jax.Ref | QuantizedLatents,
   indices: jax.Ref,
   rows: Rows,
   multiply: Callable[[int], None],
@@ -261,7 +268,7 @@ def place(problem: Problem, item: jax.Array) -> Place:
 
 def _gather(
   problem: Problem,
-  table: jax.Ref,
+  table: jax.Ref | QuantizedLatents,
   indices: jax.Ref,
   rows: Rows,
   item: jax.Array,
@@ -269,18 +276,18 @@ def _gather(
 ) -> jax.Array:
   """Fills `rows` for each step of an item; returns the steps so far."""
   where = place(problem, item)
+  fill = _fill_float8 if isinstance(table, QuantizedLatents) else _fill
 
-  def fill(i, step):
+  def run(i, step):
     start = where.query * problem.count + (where.first_step + i) * STEP_KEYS
     registers = [
       copies.load_indices(indices, start + half * ROWS, ROWS)
       for half in range(2)
     ]
 
-    for half, part in itertools.product(range(2), range(2)):
-
+    def begin(half, part):
       @pl.when(step >= 1)
-      def _(half=half, part=part):
+      def _():
         plgpu.barrier_wait(rows.free[part].at[half])
 
       if part == 0:
@@ -290,18 +297,87 @@ def _gather(
           rows.words,
           INDEX_WORDS + half * ROWS,
         )
-      copies.start_row_copies(
-        table,
-        where.first_row,
-        problem.num_keys,
-        registers[half],
-        rows.rows.at[half],
-        column_tiles=problem.parts[part],
-      )
-      copies.arrive_when_copied(rows.words, _full(half, part))
+      return where.first_row, problem.num_keys, registers[half]
+
+    fill(problem, table, rows, begin, step)
     return step + 1
 
-  return lax.fori_loop(jnp.int32(0), where.steps, fill, step)
+  return lax.fori_loop(jnp.int32(0), where.steps, run, step)
+
+
+# Half and part, in the order in which they become free.
+_UNITS = tuple(itertools.product(range(2), range(2)))
+
+
+def _fill(problem, table, rows, begin, step):
+  """Fills a step; `begin` waits for a part and says which rows go there."""
+  del step
+  for half, part in _UNITS:
+    copies.start_row_copies(
+      table,
+      *begin(half, part),
+      rows.rows.at[half],
+      column_tiles=problem.parts[part],
+    )
+    copies.arrive_when_copied(rows.words, _full(half, part))
+
+
+def _fill_float8(problem, latents, rows, begin, step):
+  """The same of float8 rows, which this warpgroup widens once they are here.
+
+  In a block's first step all is free, so all copies start at once. In the
+  others a part is widened while the second half is still in use, whose copies
+  start before the rest is widened: its logits wait for nothing else.
+  """
+
+  def start(half, part):
+    first, last = problem.value_parts[part]
+    rest = problem.column_tiles - problem.value_tiles
+    # Else ptxas keeps every row's address from one step to the next.
+    places = *begin(half, part), rows.rows.at[copies.opaque(half)]
+    # No policy of the cache, for what `copies` says that ptxas makes of one.
+    copies.start_row_copies(
+      latents.values,
+      *places,
+      column_tiles=(first // 2, last // 2),
+      to_tile=first,
+      is_kept=False,
+    )
+    copies.start_scale_copies(
+      latents.scales, *places, to_tile=(first + last) // 2
+    )
+    if part == 1:
+      copies.start_row_copies(
+        latents.rest,
+        *places,
+        column_tiles=(0, rest),
+        to_tile=problem.value_tiles,
+        is_kept=False,
+      )
+
+  def start_second_half(is_now):
+    for part in range(2):
+      pl.when(is_now)(functools.partial(start, 1, part))
+      # Of nothing, else: the number of groups is what `finish` counts.
+      copies.commit()
+
+  def finish(half, part, *, pending):
+    first, last = problem.value_parts[part]
+    copies.wait_groups(pending)
+    float8_rows.widen(
+      rows.rows.at[copies.opaque(half)], tiles=(first, last), scale=first // 2
+    )
+    copies.arrive(rows.words, _full(half, part))
+
+  for part in range(2):
+    start(0, part)
+    copies.commit()
+  start_second_half(step == 0)
+  finish(0, 0, pending=3)
+  start_second_half(step >= 1)
+  finish(0, 1, pending=4)
+  finish(1, 0, pending=1)
+  finish(1, 1, pending=0)
 
 
 def _full(half, part):

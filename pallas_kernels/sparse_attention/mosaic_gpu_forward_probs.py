@@ -19,6 +19,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hopper import copies
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
+from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 ROWS = items.ROWS
 TILE = items.TILE
@@ -32,7 +33,7 @@ _QUERY_READ = 8
 def call(
   problem: items.Problem,
   query: BFloat16[Array, "F N C"],
-  table: BFloat16[Array, "BS C"],
+  table: BFloat16[Array, "BS C"] | QuantizedLatents,
   indices: Int32[Array, "F K"],
   log_sum_exp: Float32[Array, "F N"],
 ) -> Float32[Array, "tiles F K"]:
@@ -75,7 +76,7 @@ class _Refs:
 
   Attributes:
     query: `[F, N, C]`.
-    table: `[B S, C]`.
+    table: `[B S, C]`, or its three arrays.
     indices: `[F, K]`.
     log_sum_exp: `[F, N]`, in units of log 2.
     out: `[tiles, F, K]`.
@@ -85,7 +86,7 @@ class _Refs:
   """
 
   query: jax.Ref
-  table: jax.Ref
+  table: jax.Ref | QuantizedLatents
   indices: jax.Ref
   log_sum_exp: jax.Ref
   out: jax.Ref

@@ -28,7 +28,8 @@ class QuantizedLatents(NamedTuple):
   are whole 32-byte sectors of memory: a gather of single rows reads 672.
 
   Attributes:
-    values: value columns over their block's scale; V = kv_lora_rank.
+    values: value columns over their block's scale; V = kv_lora_rank. NaN only
+      where the scale is.
     scales: of each block of 128 value columns, the last one maybe of fewer;
       powers of two, so that a product with a value is exact in bfloat16. NaN:
       the block is NaN.
@@ -77,6 +78,7 @@ def quantize_latents(
   padding = [(0, 0)] * (values.ndim - 1) + [(0, -value_dim % BLOCK)]
   blocks = jnp.pad(values, padding).reshape(*values.shape[:-1], -1, BLOCK)
   largest = jnp.max(jnp.abs(blocks), axis=-1)
+  is_finite = jnp.all(jnp.isfinite(blocks), axis=-1)
   # The exponent e of the least 2^e with largest <= 448 * 2^e.
   fraction, exponent = jnp.frexp(largest / _LARGEST)
   exponent = exponent - (fraction == 0.5)
@@ -84,7 +86,8 @@ def quantize_latents(
   scales = jnp.ldexp(jnp.float32(1), exponent)
   blocks = jnp.clip(blocks / scales[..., None], -_LARGEST, _LARGEST)
   values = blocks.reshape(*values.shape[:-1], -1)[..., :value_dim]
-  scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
+  # Not by `largest`: XLA's maximum of many numbers on a CPU passes over a NaN.
+  scales = jnp.where(is_finite, scales, jnp.nan)
   return QuantizedLatents(
     values=values.astype(jnp.float8_e4m3fn),
     scales=scales.astype(jnp.bfloat16),

@@ -8,15 +8,26 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels.sparse_attention import shapes
+from pallas_kernels.sparse_attention import quantization, shapes
 from tests.gpu.cases import Case
 
 _HEADS = {"deepseek_v32": 128, "glm_5": 64, "glm_47_flash": 20}
 _LENGTHS = {"8k": 8192, "32k": 32768, "128k": 131072, "1m": 1 << 20}
+# Prefill and decoding, both kernels, both widths of values; odd sizes.
+_QUANTIZED = {
+  "prefill_128k": shapes.Shape(1, 4096, 131072, 64, 576, 512, 2048),
+  "prefill_128k_20_heads": shapes.Shape(1, 4096, 131072, 20, 576, 512, 2048),
+  "prefill_32k_128_heads": shapes.Shape(1, 4096, 32768, 128, 576, 512, 2048),
+  "decode_of_1_128k": shapes.Shape(1, 1, 131072, 64, 576, 512, 2048),
+  "decode_of_64_128k": shapes.Shape(64, 1, 131072, 64, 576, 512, 2048),
+  "odd": shapes.Shape(3, 70, 1000, 33, 290, 256, 300),
+}
 _SUBSET = (
   "glm_5_prefill_32k",
   "glm_47_flash_prefill_128k",
   "glm_5_decode_of_8_128k",
+  "float8_prefill_128k",
+  "float8_decode_of_64_128k",
   "tiny",
 )
 
@@ -38,12 +49,35 @@ def cases() -> list[Case]:
     "odd_heads": shapes.Shape(1, 512, 4096, 65, 576, 512, 2000),
   }
   found.extend(_case(name, shape) for name, shape in edges.items())
+  for name, shape in _QUANTIZED.items():
+    found.append(_case(f"float8_{name}", shape, is_quantized=True))
+  found.append(
+    _case(
+      "float8_teacher_32k",
+      shapes.Shape(1, 4096, 32768, 64, 576, 512, 2048),
+      return_residuals=True,
+      is_quantized=True,
+    )
+  )
   teacher = shapes.Shape(1, 4096, 32768, 64, 576, 512, 2048)
   found.append(_case("glm_5_teacher_32k", teacher, return_residuals=True))
   return found
 
 
-def _case(name, shape, return_residuals=False):
+def _latents(shape, is_quantized):
+  leading = (shape.batch, shape.num_keys)
+  if not is_quantized:
+    return jax.ShapeDtypeStruct((*leading, shape.latent_dim), jnp.bfloat16)
+  blocks = -(-shape.value_dim // quantization.BLOCK)
+  rest = shape.latent_dim - shape.value_dim
+  return pallas_kernels.QuantizedLatents(
+    jax.ShapeDtypeStruct((*leading, shape.value_dim), jnp.float8_e4m3fn),
+    jax.ShapeDtypeStruct((*leading, blocks), jnp.bfloat16),
+    jax.ShapeDtypeStruct((*leading, rest), jnp.bfloat16),
+  )
+
+
+def _case(name, shape, return_residuals=False, is_quantized=False):
   leading = (shape.batch, shape.num_queries)
   return Case(
     op="sparse_mla",
@@ -59,9 +93,7 @@ def _case(name, shape, return_residuals=False):
       jax.ShapeDtypeStruct(
         (*leading, shape.heads, shape.latent_dim), jnp.bfloat16
       ),
-      jax.ShapeDtypeStruct(
-        (shape.batch, shape.num_keys, shape.latent_dim), jnp.bfloat16
-      ),
+      _latents(shape, is_quantized),
       jax.ShapeDtypeStruct((*leading, shape.k), jnp.int32),
     ],
     temp_bytes=1 << 28,

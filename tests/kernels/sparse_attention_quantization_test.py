@@ -78,6 +78,14 @@ class QuantizationTest(parameterized.TestCase):
       np.asarray(rows[0, 2:, 5], float), [57344, 1e-30], rtol=1 / 16
     )
 
+  def test_a_nan_among_many_rows_makes_its_block_nan(self):
+    latent = np.random.default_rng(0).normal(size=(64, 256))
+    latent[:, ::7] = 0
+    latent[5, 1] = np.nan
+    quantized = pallas_kernels.quantize_latents(jnp.asarray(latent), 256)
+    is_nan = np.isnan(np.asarray(quantized.scales, np.float32))
+    np.testing.assert_array_equal(np.argwhere(is_nan), [[5, 0]])
+
   def test_errors(self):
     latent = jnp.zeros((1, 8, 192))
     quantized = pallas_kernels.quantize_latents(latent, 128)
@@ -174,13 +182,16 @@ class SparseMLATest(parameterized.TestCase):
         lambda latent: loss(query, pallas_kernels.quantize_latents(latent, 16))
       )(latent)
 
-  @parameterized.parameters("mosaic_gpu", "mosaic_tpu")
-  def test_kernels_say_that_they_cannot(self, implementation):
+  @parameterized.parameters(
+    ("mosaic_gpu", "multiple of 256 values"),
+    ("mosaic_tpu", "got QuantizedLatents"),
+  )
+  def test_kernels_say_that_they_cannot(self, implementation, message):
     device = chip.Chip("NVIDIA H200", 132)
     self.enter_context(mock.patch.object(chip, "chip", lambda: device))
     query, latent, indices = sparse_attention_test.inputs(shapes.SHAPES["tiny"])
     quantized = pallas_kernels.quantize_latents(latent, 16)
-    with self.assertRaisesRegex(NotImplementedError, "got QuantizedLatents"):
+    with self.assertRaisesRegex(NotImplementedError, message):
       pallas_kernels.sparse_mla(
         query,
         quantized,
