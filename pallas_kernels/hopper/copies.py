@@ -178,6 +178,7 @@ def start_row_copies(
     if is_kept:
       hints = f".L2::cache_hint{_PREFETCH}"
       policy = (utils.inline_ptx(_CACHE_POLICY, result_types=_i64()),)
+      first = _opaque_pointer(first)
     targets = _chunk_pointers(first, destination, rows)
     places = _places(indices, first_row, num_rows, _CHUNK_BYTES)
     for (index, num_bytes), to_row in zip(places, targets, strict=True):
@@ -432,6 +433,26 @@ def _chunk_pointers(first, destination, rows):
 
 def _row_tiles(destination):
   return ir.MemRefType(destination.type).shape[1]
+
+
+def _opaque_pointer(pointer):
+  """The same shared address, in which ptxas sees no part that threads share.
+
+  ptxas 13.0 moves that part into a uniform register of the instruction. In a
+  copy with a cache policy, which is a uniform register too, nothing then sets
+  the two: an illegal instruction. What a shuffle of different values returns
+  has no such part.
+  """
+  lane = arith.andi(_thread(), _constant(31))
+  address = utils.inline_ptx(
+    "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+    llvm.ptrtoint(_i32(), pointer),
+    lane,
+    result_types=_i32(),
+    has_side_effects=True,
+    convergent=True,
+  )
+  return llvm.inttoptr(pointer.type, address)
 
 
 def _places(indices, first_row, num_rows, num_bytes):

@@ -31,6 +31,8 @@ class SelectedScoresDeviceTest(shared.SelectedScoresTest):
     # More queries than pairs of warpgroups, and two chunks.
     (1, 700, 32, 128, 3000, 512),
     (3, 150, 8, 64, 500, 130),
+    # Where ptxas once left a register unset; see `tests.gpu.disassembly`.
+    (2, 512, 16, 64, 2048, 256),
     # More keys than selected, the whole cache, one query.
     (1, 1, 64, 128, 9000, 2048),
     (2, 40, 20, 128, 64, 64),

@@ -55,4 +55,6 @@ def _case(name, shape):
       out,
     ],
     subset=name in ("tiny", "glm_5_prefill_32k"),
+    # One register of the narrowest rows' kernel.
+    spill_bytes=8 if name == "paper_train_8k" else 0,
   )

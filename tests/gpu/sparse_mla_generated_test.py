@@ -25,6 +25,7 @@ _SHAPES = (
   shapes.Shape(3, 1, 3000, 64, 576, 512, 2048),
   shapes.Shape(4, 2, 2500, 20, 576, 512, 2048),
   shapes.Shape(2, 70, 400, 12, 300, 256, 130),
+  shapes.Shape(2, 128, 1024, 8, 128, 96, 256),
   shapes.Shape(2, 70, 60, 1, 70, 3, 100),
 )
 # Factors of the queries: one has nearly one key a head.
