@@ -16,28 +16,34 @@ class ScriptsTest(scripts_test.ScriptCase):
   def test_smoke_trains_and_makes_every_table(self):
     runs, tables = self.folder / "seed3", self.folder / "tables"
     done = scripts_test.run(
-      "paper_runs",
+      "paper_all",
       "--smoke",
-      "--seed=3",
-      "--part=base",
-      "--part=full",
-      f"--part={_OTHER}",
-      f"--output_dir={runs}",
+      "--seeds=3",
+      "--variant=full",
+      f"--variant={_OTHER}",
+      "--processes_per_device=2",
+      "--compile_jobs=1",
+      f"--output_dir={self.folder}",
     )
     self.assert_succeeds(done)
-    self.assertIn("All done.", done.stdout)
+    self.assertIn("All done after", done.stdout)
     searches = json.loads((runs / "search.json").read_text())
     self.assertEqual(searches["text"]["patterns"]["1/2"], "FS")
-    done = scripts_test.run(
-      "paper_tables", "--smoke", f"--runs={runs}", f"--output_dir={tables}"
-    )
-    self.assert_succeeds(done)
     for name in paper_report.TABLES:
       table = json.loads((tables / f"{name}.json").read_text())
       self.assertEqual(table["seeds"], [3], name)
-      self.assertIn("paper_tables --smoke", table["commands"][0])
+      self.assertIn(
+        "experiments.paper_tables --dtype=float32 --smoke", table["commands"][0]
+      )
       self.assertIn("# Table", (tables / f"{name}.md").read_text())
     self.assertLen(list(tables.glob("*.png")), 5)
+    base, variant = (
+      (self.folder / "logs" / f"seed3_{part}.log").read_text()
+      for part in ("base", "full")
+    )
+    self.assertIn("Checkpoint: ", base)
+    self.assertIn("full: FF\n", variant)
+    self.assertTrue(list((self.folder / "programs").glob("jit_train_step-*")))
     rows = json.loads((tables / "training_aware.json").read_text())["rows"]
     self.assertEqual(list(rows), ["full", _OTHER])
     self.assertIn("depths", rows["full"])
@@ -64,24 +70,6 @@ class ScriptsTest(scripts_test.ScriptCase):
       ["--smoke", "--part=full", f"--output_dir={self.folder}"],
       "--part must name `base` until the base model is trained",
     )
-
-  def test_compiles_for_another_process(self):
-    cache = self.folder / "programs"
-    done = scripts_test.run(
-      "paper_runs",
-      "--smoke",
-      "--part=base",
-      f"--part={_OTHER}",
-      "--compile_only",
-      f"--output_dir={self.folder / 'seed0'}",
-      JAX_COMPILATION_CACHE_DIR=str(cache),
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
-    self.assert_succeeds(done)
-    self.assertIn("base: compiled.", done.stdout)
-    self.assertIn(f"{_OTHER}: nothing to compile before", done.stdout)
-    self.assertTrue(list(cache.glob("jit_train_step-*")))
-    self.assertFalse((self.folder / "seed0").exists())
 
 
 def record(seed, losses, exact):

@@ -30,14 +30,12 @@ def command(name, *args):
   return [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
 
 
-def run(name, *args, num_devices=1, **environment):
+def run(name, *args, num_devices=1):
   """Runs a script as a user does."""
-  return run_python(
-    *command(name, *args)[1:], num_devices=num_devices, **environment
-  )
+  return run_python(*command(name, *args)[1:], num_devices=num_devices)
 
 
-def run_python(*args, num_devices=1, **environment):
+def run_python(*args, num_devices=1):
   devices = f"--xla_force_host_platform_device_count={num_devices}"
   return subprocess.run(
     [sys.executable, *args],
@@ -48,8 +46,7 @@ def run_python(*args, num_devices=1, **environment):
     | {
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": f"{_FAST_COMPILATION} {devices}",
-    }
-    | environment,
+    },
   )
 
 
