@@ -9,7 +9,11 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels import tpu
-from pallas_kernels.topk import mosaic_tpu, mosaic_tpu_kernel
+from pallas_kernels.topk import (
+  mosaic_tpu,
+  mosaic_tpu_kernel,
+  mosaic_tpu_lists,
+)
 from tests.kernels import interpreters, loops, topk_test
 
 
@@ -36,6 +40,19 @@ class MosaicTpuTopKTest(topk_test.TopKTest):
     scores = np.full((1, 5000), -1.0)
     scores[0, 1700:4000] = np.arange(2300)
     self.check(scores, 640)
+
+  def test_few_far_apart(self):
+    rng = np.random.default_rng(8)
+    self.check(rng.normal(size=(16, 40000)), 5)
+
+  def test_more_in_a_group_than_its_list_holds(self):
+    scores = np.random.default_rng(9).normal(size=(8, 9000))
+    scores[:, 5::128] += 10
+    self.check(scores, 64)
+
+  def test_more_slots_than_lanes(self):
+    rng = np.random.default_rng(10)
+    self.check(rng.normal(size=(8, 20000)).round(1), 16500)
 
 
 def run(scores, k):
@@ -70,6 +87,15 @@ class MosaicTpuCopiesTest(parameterized.TestCase):
       indices = run(scores[:3], k)
     np.testing.assert_array_equal(indices, self.expected()[:3])
 
+  @parameterized.parameters("on_wait", "races")
+  def test_many_rows_at_a_time(self, mode):
+    # Two groups of 32 rows.
+    scores = np.random.default_rng(13).normal(size=(64, 200))
+    with interpreters.mode(mode):
+      indices = run(scores, 20)
+    expected = [loops.select(np.float32(row), 20) for row in scores]
+    np.testing.assert_array_equal(indices, expected)
+
   def test_a_missing_wait_is_caught(self):
     # Uninitialised scores are NaN, which nothing selects.
     with (
@@ -79,21 +105,15 @@ class MosaicTpuCopiesTest(parameterized.TestCase):
       self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
 
   def test_a_copy_into_a_buffer_in_use_is_caught(self):
-    order, start = mosaic_tpu_kernel._order, mosaic_tpu_kernel._start
-    copies = mosaic_tpu_kernel._copies
+    order = mosaic_tpu_kernel._order
 
-    def order_late(row_ref, *args):
-      """Starts the next copy before this group's scores are read."""
-      start(copies(*self.source, row_ref, *self.rest))
-      order(row_ref, *args)
-
-    def remember(source, row_ref, semaphore, group, segments):
-      self.source, self.rest = (source,), (semaphore, 0, segments)
-      return copies(source, row_ref, semaphore, group, segments)
+    def order_late(scores_hbm, ends_ref, scratch, group, segments, shortest):
+      """Starts another copy before this group's scores are read."""
+      mosaic_tpu_kernel._start_all(scores_hbm, scratch, 0, segments)
+      order(scores_hbm, ends_ref, scratch, group, segments, shortest)
 
     with (
       mock.patch.object(mosaic_tpu_kernel, "_order", order_late),
-      mock.patch.object(mosaic_tpu_kernel, "_copies", remember),
       interpreters.mode("eager"),
     ):
       self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
@@ -101,15 +121,56 @@ class MosaicTpuCopiesTest(parameterized.TestCase):
   def test_the_wrong_group_is_caught(self):
     copies = mosaic_tpu_kernel._copies
 
-    def one_off(source, row_ref, semaphore, group, segments):
+    def one_off(scores_hbm, scratch, group, segments, part):
       group = jnp.minimum(group + 1, 2)
-      return copies(source, row_ref, semaphore, group, segments)
+      return copies(scores_hbm, scratch, group, segments, part)
 
     with (
       mock.patch.object(mosaic_tpu_kernel, "_copies", one_off),
       interpreters.mode("on_wait"),
     ):
       self.assertFalse(np.array_equal(run(*self.inputs()), self.expected()))
+
+
+class MosaicTpuListsTest(parameterized.TestCase):
+  """The lists guess; what they lack is found."""
+
+  @parameterized.parameters("_SORT", "_SORT_BITONIC")
+  def test_the_comparators_sort(self, name):
+    # Of zeros and ones, by which all values are sorted too.
+    rows = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    if name == "_SORT_BITONIC":
+      turns = np.abs(np.diff(rows, axis=1)).sum(axis=1)
+      rows = rows[turns <= 2]
+    columns = [jnp.asarray(column, jnp.float32) for column in rows.T]
+    sorted_ = mosaic_tpu_lists._sort(columns, getattr(mosaic_tpu_lists, name))
+    expected = -np.sort(-rows, axis=1)
+    np.testing.assert_array_equal(np.stack(sorted_, axis=1), expected)
+
+  def test_empty_lists_change_nothing(self):
+    rng = np.random.default_rng(11)
+    scores = rng.normal(size=(8, 5000))
+    with (
+      mock.patch.object(mosaic_tpu_lists, "insert"),
+      interpreters.numbers(),
+    ):
+      indices = run(scores, 40)
+    expected = [loops.select(np.float32(row), 40) for row in scores]
+    np.testing.assert_array_equal(indices, expected)
+
+  def test_a_missing_second_look_is_caught(self):
+    scores = np.random.default_rng(12).normal(size=(8, 5000))
+    cond = jax.lax.cond
+    with (
+      mock.patch.object(mosaic_tpu_lists, "insert"),
+      mock.patch.object(
+        jax.lax, "cond", lambda _, yes, no: cond(False, yes, no)
+      ),
+      interpreters.numbers(),
+    ):
+      indices = run(scores, 40)
+    expected = [loops.select(np.float32(row), 40) for row in scores]
+    self.assertFalse(np.array_equal(indices, expected))
 
 
 class BracketTest(parameterized.TestCase):
@@ -128,18 +189,21 @@ class BracketTest(parameterized.TestCase):
     none = jnp.zeros(1, jnp.int32)
     keys = keys.astype(np.int64)
     step = jax.jit(
-      lambda bracket, k, bound, count: bracket.narrow(k, bound, count)
+      lambda bracket, k, bounds, counts: bracket.narrow(k, bounds, counts)
     )
-    middle = jax.jit(lambda bracket, k: bracket.middle(k))
+    between = jax.jit(lambda bracket, k: bracket.between(k))
     for k in (1, 2, 500, 999):
       bracket = mosaic_tpu_kernel._Bracket(
         none + (1 - infinity), none + infinity + 1, none + 1000, none, none
       )
       steps = 0
       while bracket.is_open(k)[0]:
-        bound = middle(bracket, k)
-        count = jnp.asarray([np.sum(keys >= int(bound[0]))], jnp.int32)
-        bracket = step(bracket, k, bound, count)
+        bounds = between(bracket, k)
+        counts = [
+          jnp.asarray([np.sum(keys >= int(bound[0]))], jnp.int32)
+          for bound in bounds
+        ]
+        bracket = step(bracket, k, bounds, counts)
         steps += 1
         self.assertLess(steps, 2 * 32 + 10)
       low = int(bracket.low[0])
