@@ -57,6 +57,9 @@ def quantize_latents(
   below 2^-18.8 of that becomes 0. RoPE columns are rounded to bfloat16 alone,
   as logits depend on them most.
 
+  What this saves is memory: on one H200 prefill of 4096 x 131072 with 64 heads
+  took `sparse_mla` 2.81 ms, and 2.12 in bfloat16. Decoding was not timed.
+
   Args:
     kv_latent: rows.
     value_dim: leading columns that are values.

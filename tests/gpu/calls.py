@@ -70,6 +70,11 @@ def _sparse_mla(batch, queries, heads):
   )
 
 
+def _sparse_mla_float8():
+  _, (query, kv_latent, indices) = _sparse_mla(1, 264, 64)
+  return _attend, (query, pk.quantize_latents(kv_latent, 512), indices)
+
+
 def _sparse_mla_backward():
   _, (query, kv_latent, indices) = _sparse_mla(1, 132, 64)
 
@@ -138,6 +143,7 @@ CALLS = {
   "sparse_mla prefill": lambda: _sparse_mla(1, 264, 64),
   "sparse_mla 20 heads": lambda: _sparse_mla(1, 264, 20),
   "sparse_mla decode": lambda: _sparse_mla(8, 1, 64),
+  "sparse_mla float8": _sparse_mla_float8,
   "sparse_mla backward": _sparse_mla_backward,
   "selected_indexer_scores": _selected_scores,
   "dense_mla_residuals": _dense_attention,

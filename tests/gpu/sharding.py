@@ -12,6 +12,7 @@ from tests.gpu import cases
 # end.
 _SHARDS = {
   "sparse_mla_device_test": 3,
+  "sparse_mla_float8_test": 3,
   "indexer_device_test": 3,
   "sparse_mla_backward_device_test": 2,
   "indexer_generated_test": 2,
@@ -23,6 +24,9 @@ _SHARDS = {
 }
 
 
+# Of each op, those that there are: the op's contract, drawn cases, and cases of
+# float8 latents.
+_KINDS = ("device", "generated", "float8")
 # What has device tests: the ops, and generation with the embedded model.
 TESTED = (*cases.OPS, "generation")
 
@@ -51,7 +55,7 @@ def shards(ops: list[str]) -> list[Shard]:
   for op in ops:
     found = [
       f"{op}_{kind}_test"
-      for kind in ("device", "generated")
+      for kind in _KINDS
       if importlib.util.find_spec(f"tests.gpu.{op}_{kind}_test")
     ]
     if not found:

@@ -3,6 +3,7 @@
 """Which tests run, and in what order they start."""
 
 import importlib.util
+import pathlib
 
 from absl.testing import absltest
 
@@ -19,6 +20,16 @@ class ShardsTest(absltest.TestCase):
       )
       siblings = [s.index for s in shards if s.module == shard.module]
       self.assertEqual(siblings, list(range(shard.total)))
+
+  def test_no_module_is_left_out(self):
+    folder = pathlib.Path(sharding.__file__).parent
+    needing_a_gpu = {
+      path.stem
+      for path in folder.glob("*_test.py")
+      if "\ndef setUpModule" in path.read_text(encoding="utf-8")
+    }
+    shards = sharding.shards(list(sharding.TESTED))
+    self.assertEqual({shard.module for shard in shards}, needing_a_gpu)
 
   def test_longest_first(self):
     shards = sharding.shards(["grouped", "topk", "indexer"])

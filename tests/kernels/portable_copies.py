@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the GPU interpreter lacks, in terms of what it has.
 
-It runs no inline code (`hopper.copies`, `hopper.fragments`), takes no array as
-an operand of wgmma, and starts no accumulator from an array. With the
-substitutes below a kernel's own logic (which row, which tile, which barrier,
-which phase) runs on a CPU, and races between its warpgroups are found.
+It runs no inline code (`hopper.copies`, `hopper.float8_rows`,
+`hopper.fragments`), takes no array as an operand of wgmma, and starts no
+accumulator from an array. With the substitutes below a kernel's own logic
+(which row, which tile, which barrier, which phase) runs on a CPU, and races
+between its warpgroups are found. A copy ends before the next instruction: how
+many groups of copies a kernel leaves pending is for a GPU to test.
 """
 
 import contextlib
@@ -18,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import copies, fragments
+from pallas_kernels.hopper import copies, float8_rows, fragments
+from pallas_kernels.sparse_attention import quantization
 
 _FIRST_NAME, _NAMES = 8, 8
 
@@ -74,25 +77,62 @@ class _Substitutes:
     del parity
     plgpu.barrier_wait(words[0].at[barrier])
 
-  def arrive_when_copied(self, words, barrier):
+  def arrive(self, words, barrier):
     plgpu.barrier_arrive(words[0].at[barrier])
+
+  def arrive_when_copied(self, words, barrier):
+    self.arrive(words, barrier)
 
   def load_indices(self, indices, start, rows):
     return indices, start, rows
 
   def start_row_copies(
-    self, table, first_row, num_rows, indices, destination, *, column_tiles
+    self,
+    table,
+    first_row,
+    num_rows,
+    indices,
+    destination,
+    *,
+    column_tiles,
+    to_tile=None,
+    is_kept=True,
   ):
-    indices, start, rows = indices
-    first, last = (copies.TILE * tile for tile in column_tiles)
-    columns = pl.ds(first, last - first)
+    # What `copies` says that ptxas makes of a policy beside float8 rows.
+    assert is_kept == (to_tile is None)
+    row_columns = copies.TILE * 2 // table.dtype.itemsize
+    first, last = (row_columns * tile for tile in column_tiles)
+    _copy_rows(
+      table.at[:, first:last],
+      first_row,
+      num_rows,
+      indices,
+      destination,
+      column_tiles[0] if to_tile is None else to_tile,
+    )
 
-    def copy(i, _):
-      index = _row(indices, start + i, 1)[0]
-      row = table[jnp.clip(index, 0, num_rows - 1) + first_row, columns]
-      destination[i, columns] = jnp.where(index >= 0, row, jnp.zeros_like(row))
+  def start_scale_copies(
+    self, scales, first_row, num_rows, indices, destination, *, to_tile
+  ):
+    _copy_rows(scales, first_row, num_rows, indices, destination, to_tile)
 
-    lax.fori_loop(0, rows, copy, None)
+  def commit(self):
+    """Nothing: a copy has ended when it returns."""
+
+  def wait_groups(self, pending):
+    """Nothing: as `commit`."""
+
+  def widen(self, destination, *, tiles, scale):
+    first, last = (copies.TILE * tile for tile in tiles)
+    middle = (first + last) // 2
+    blocks = (last - first) // quantization.BLOCK
+    values = lax.bitcast_convert_type(
+      destination[:, first:middle], jnp.float8_e4m3fn
+    ).reshape(-1, last - first)
+    scales = destination[:, middle + scale : middle + scale + blocks]
+    destination[:, first:last] = quantization.dequantize_latents(
+      quantization.QuantizedLatents(values, scales, scales[:, :0])
+    )
 
   def start_word_copies(self, source, start, destination, offset):
     words = destination[1]
@@ -171,6 +211,21 @@ def _row(array, start, count):
   return array[lax.div(start, width), pl.ds(lax.rem(start, width), count)]
 
 
+def _copy_rows(table, first_row, num_rows, indices, destination, to_tile):
+  """Gathers rows; float8 numbers become the bits of half as many bfloat16."""
+  places = _row(*indices)
+  # All rows at once: an access costs the interpreter more than its bytes do.
+  rows = jnp.take(
+    table[...], jnp.clip(places, 0, num_rows - 1) + first_row, axis=0
+  )
+  rows = jnp.where(places[:, None] >= 0, rows, jnp.zeros_like(rows))
+  if rows.dtype == jnp.float8_e4m3fn:
+    rows = lax.bitcast_convert_type(
+      rows.reshape(rows.shape[0], -1, 2), jnp.bfloat16
+    )
+  destination[:, pl.ds(copies.TILE * to_tile, rows.shape[1])] = rows
+
+
 @contextlib.contextmanager
 def interpreted(**params):
   """Within it, a kernel that gathers runs in the interpreter.
@@ -186,15 +241,20 @@ def interpreted(**params):
         (
           "initialize_barriers",
           "wait",
+          "arrive",
           "arrive_when_copied",
           "load_indices",
           "start_row_copies",
+          "start_scale_copies",
           "start_word_copies",
+          "commit",
+          "wait_groups",
           "synchronize",
           "signal",
           "opaque",
         ),
       ),
+      (float8_rows, ("widen",)),
       (fragments, ("reduce_rows", "put", "get")),
       (plgpu, ("wgmma",)),
       (pl, ("run_scoped", "run_state")),

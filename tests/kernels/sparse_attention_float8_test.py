@@ -2,11 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Float8 latents in the GPU form of sparse MLA.
 
-How a warpgroup widens rows in shared memory, in NumPy; the entry, with a plain
-form of the kernels; and on a GPU the kernels, which must give what they give of
-the widened rows, bit for bit.
-
-  python -m tests.kernels.sparse_attention_float8_test DeviceTest
+How a warpgroup widens rows in shared memory, in NumPy; and the entry, with a
+plain form of the kernels. `sparse_attention_mosaic_gpu_test` interprets them,
+and `tests/gpu/sparse_mla_float8_test` runs them on a GPU.
 """
 
 import functools
@@ -19,17 +17,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels.hopper import chip, float8_rows
+from pallas_kernels.hopper import float8_rows
 from pallas_kernels.sparse_attention import mosaic_gpu, shapes
 from tests import tolerances
 from tests.kernels import (
   errors,
   loops,
   sparse_attention_mosaic_gpu_test,
-  sparse_attention_test,
 )
-
-_REPEATS = 5
 
 
 class _Memory:
@@ -343,72 +338,6 @@ def _plain(function):
     return function(problem, query, rows, *args)
 
   return run
-
-
-class DeviceTest(parameterized.TestCase):
-  """In the order of trust: what hangs or is illegal takes the rest with it."""
-
-  def setUp(self):
-    super().setUp()
-    try:
-      chip.chip()
-    except NotImplementedError as reason:
-      self.skipTest(str(reason))
-
-  def check(self, *shape):
-    shape = shapes.Shape(*shape)
-    query, latents, indices = inputs(shape)
-    attend = sparse_attention_test.jitted("mosaic_gpu", 0.05, shape.value_dim)
-    actual = attend(query, latents, indices)
-    for _ in range(_REPEATS):
-      again = attend(query, latents, indices)
-      equal = jax.tree.map(jnp.array_equal, again, actual)
-      self.assertTrue(all(jax.tree.leaves(equal)))
-    rows = pallas_kernels.dequantize_latents(latents)
-    for name, a, b in zip(
-      ("out", "log_sum_exp", "mean_probs"),
-      jax.tree.leaves(actual),
-      jax.tree.leaves(attend(query, rows, indices)),
-      strict=True,
-    ):
-      np.testing.assert_array_equal(a, b, err_msg=name)
-    few = slice(0, 7)
-    expected = loops.sparse_mla(
-      np.asarray(query[:, few], np.float32),
-      np.asarray(rows, np.float32),
-      indices[:, few],
-      0.05,
-      shape.value_dim,
-    )
-    out, residuals = jax.tree.map(lambda x: x[:, few], actual)
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance("bfloat16"),
-    )
-    for a, b in zip(residuals, expected[1:], strict=True):
-      np.testing.assert_allclose(
-        a, b, **tolerances.tolerance("float32", shape.latent_dim)
-      )
-
-  def test_1_smallest(self):
-    self.check(1, 1, 150, 64, 320, 256, 128)
-
-  def test_2_decode(self):
-    self.check(8, 1, 8192, 64, 576, 512, 2048)
-
-  def test_3_prefill(self):
-    self.check(1, 300, 4096, 64, 576, 512, 2048)
-
-  @parameterized.parameters(
-    shapes.Shape(1, 150, 4096, 128, 576, 512, 2048),
-    shapes.Shape(1, 300, 4096, 20, 576, 512, 2048),
-    shapes.Shape(3, 70, 1000, 96, 576, 512, 300),
-    shapes.Shape(2, 150, 500, 33, 290, 256, 129),
-    shapes.Shape(2, 70, 60, 1, 330, 256, 100),
-  )
-  def test_4_shapes(self, *shape):
-    self.check(*shape)
 
 
 if __name__ == "__main__":

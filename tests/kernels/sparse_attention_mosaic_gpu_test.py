@@ -7,7 +7,6 @@ kernels themselves interpreted, with portable copies. What they do on a GPU is
 for `tests/gpu/sparse_mla_device_test`.
 """
 
-import contextlib
 import faulthandler
 from unittest import mock
 
@@ -20,7 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import chip, copies, float8_rows
+from pallas_kernels.hopper import chip
 from pallas_kernels.sparse_attention import (
   mosaic_gpu,
   quantization,
@@ -45,6 +44,8 @@ from tests.kernels import (
 _CHIP = chip.Chip("NVIDIA H200", 20)
 # A barrier that nobody arrives at hangs the interpreter.
 _TIMEOUT_S = 240
+# The narrowest rows that the kernels take in float8.
+_FLOAT8 = {"width": 320, "value_dim": 256}
 
 
 def attend_items(problem, query, table, indices):
@@ -284,12 +285,15 @@ class InterpretedTest(parameterized.TestCase):
     }
     return items.Problem(**sizes | changes)
 
-  def inputs(self, problem):
+  def inputs(self, problem, is_quantized=False):
     rng = np.random.default_rng(0)
     heads = problem.heads * problem.head_tiles
     query = rng.normal(size=(problem.flat_queries, heads, problem.width))
     table = rng.normal(size=(problem.batch * problem.num_keys, problem.width))
     table[:: problem.num_keys] = np.nan
+    table = jnp.asarray(table, jnp.bfloat16)
+    if is_quantized:
+      table = quantization.quantize_latents(table, problem.value_dim)
     indices = rng.integers(
       1 - problem.num_keys // 4,
       problem.num_keys,
@@ -300,12 +304,14 @@ class InterpretedTest(parameterized.TestCase):
     indices[-1, : items.STEP_KEYS] = -1
     return (
       jnp.asarray(query, jnp.bfloat16),
-      jnp.asarray(table, jnp.bfloat16),
+      table,
       jnp.asarray(indices, jnp.int32),
     )
 
   def expected(self, problem, query, table, indices):
     leading = (problem.batch, problem.num_queries)
+    if isinstance(table, quantization.QuantizedLatents):
+      table = quantization.dequantize_latents(table)
     out, log_sum_exp, mean_probs = loops.sparse_mla(
       query.reshape(*leading, *query.shape[1:]),
       table.reshape(problem.batch, problem.num_keys, -1),
@@ -325,10 +331,12 @@ class InterpretedTest(parameterized.TestCase):
     (forward, {"width": 128, "batch": 1, "count": 384}),
     (few_heads, {}),
     (few_heads, {"batch": 1, "heads": 16, "count": 384}),
+    (forward, _FLOAT8, True),
+    (few_heads, {**_FLOAT8, "batch": 1}, True),
   )
-  def test_attends(self, kernel, changes):
+  def test_attends(self, kernel, changes, is_quantized=False):
     problem = self.problem(**changes)
-    args = self.inputs(problem)
+    args = self.inputs(problem, is_quantized)
     with portable_copies.interpreted(detect_races=True):
       out, log_sum_exp = jax.jit(lambda *args: kernel.call(problem, *args))(
         *args
@@ -341,61 +349,8 @@ class InterpretedTest(parameterized.TestCase):
     )
     log_sum_exp = log_sum_exp[:, : problem.heads].reshape(expected[1].shape)
     np.testing.assert_allclose(
-      log_sum_exp, expected[1], **tolerances.tolerance("float32", 192)
+      log_sum_exp, expected[1], **tolerances.tolerance("float32", problem.width)
     )
-
-  @parameterized.parameters((forward, {}), (few_heads, {"batch": 1}))
-  def test_attends_to_float8_rows(self, kernel, changes):
-    problem = self.problem(width=320, value_dim=256, **changes)
-    query, table, indices = self.inputs(problem)
-    latents = quantization.quantize_latents(table, problem.value_dim)
-    with portable_copies.interpreted(detect_races=True), portable_float8():
-      out, log_sum_exp = jax.jit(lambda *args: kernel.call(problem, *args))(
-        query, latents, indices
-      )
-    expected = self.expected(
-      problem, query, quantization.dequantize_latents(latents), indices
-    )
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance("bfloat16", 4),
-    )
-    log_sum_exp = log_sum_exp[:, : problem.heads].reshape(expected[1].shape)
-    np.testing.assert_allclose(
-      log_sum_exp, expected[1], **tolerances.tolerance("float32", 320)
-    )
-
-  def test_sums_probabilities_of_float8_rows(self):
-    problem = self.problem(width=320, value_dim=256, batch=1)
-    query, table, indices = self.inputs(problem)
-    latents = quantization.quantize_latents(table, problem.value_dim)
-    _, log_sum_exp, mean_probs = self.expected(
-      problem, query, quantization.dequantize_latents(latents), indices
-    )
-    with portable_copies.interpreted(detect_races=True), portable_float8():
-      sums = jax.jit(lambda *args: probs.call(problem, *args))(
-        query, latents, indices, jnp.asarray(log_sum_exp, jnp.float32)
-      )
-    np.testing.assert_allclose(
-      sums.sum(axis=0),
-      8 * mean_probs,
-      **tolerances.tolerance("float32", 320),
-    )
-
-  def test_float8_rows_released_too_early_are_a_race(self):
-    problem = self.problem(width=320, value_dim=256, batch=1)
-    query, table, indices = self.inputs(problem)
-    latents = quantization.quantize_latents(table, problem.value_dim)
-    with (
-      mock.patch.object(items.Rows, "release", _release_early),
-      portable_copies.interpreted(detect_races=True),
-      portable_float8(),
-      self.assertRaisesRegex(jax.errors.JaxRuntimeError, "RACE DETECTED"),
-    ):
-      jax.jit(lambda *args: forward.call(problem, *args))(
-        query, latents, indices
-      )
 
   def test_splits(self):
     problem = self.problem(batch=1, splits=2)
@@ -414,12 +369,15 @@ class InterpretedTest(parameterized.TestCase):
       out[:, 0], expected[0], **tolerances.tolerance("bfloat16", 4)
     )
     np.testing.assert_allclose(
-      log_sum_exp[:, 0], expected[1], **tolerances.tolerance("float32", 192)
+      log_sum_exp[:, 0],
+      expected[1],
+      **tolerances.tolerance("float32", problem.width),
     )
 
-  def test_sums_probabilities(self):
-    problem = self.problem(batch=1, num_queries=2)
-    args = self.inputs(problem)
+  @parameterized.parameters(({}, False), (_FLOAT8, True))
+  def test_sums_probabilities(self, changes, is_quantized):
+    problem = self.problem(batch=1, num_queries=2, **changes)
+    args = self.inputs(problem, is_quantized)
     _, log_sum_exp, mean_probs = self.expected(problem, *args)
     # The last head must not count.
     log_sum_exp[:, -1] = np.inf
@@ -432,17 +390,19 @@ class InterpretedTest(parameterized.TestCase):
     np.testing.assert_allclose(
       sums.sum(axis=0),
       8 * mean_probs - dropped,
-      **tolerances.tolerance("float32", 192),
+      **tolerances.tolerance("float32", problem.width),
     )
 
-  def test_rows_released_too_early_are_a_race(self):
-    problem = self.problem(batch=1)
+  @parameterized.parameters(({}, False), (_FLOAT8, True))
+  def test_rows_released_too_early_are_a_race(self, changes, is_quantized):
+    problem = self.problem(batch=1, **changes)
+    args = self.inputs(problem, is_quantized)
     with (
       mock.patch.object(items.Rows, "release", _release_early),
       portable_copies.interpreted(detect_races=True),
       self.assertRaisesRegex(jax.errors.JaxRuntimeError, "RACE DETECTED"),
     ):
-      jax.jit(lambda *args: forward.call(problem, *args))(*self.inputs(problem))
+      jax.jit(lambda *args: forward.call(problem, *args))(*args)
 
 
 _RELEASE = items.Rows.release
@@ -457,89 +417,6 @@ def _release_early(rows, *, half, part, arrivals=1):
   @pl.when(lax.axis_index("warpgroup") == 0)
   def _():
     _RELEASE(rows, half=half, part=part, arrivals=2)
-
-
-def _start_row_copies(
-  table,
-  first_row,
-  num_rows,
-  indices,
-  destination,
-  *,
-  column_tiles,
-  to_tile,
-  is_kept,
-):
-  """Puts float8 numbers as the bits of half as many bfloat16 ones."""
-  assert not is_kept
-  columns = copies.TILE * 2 // table.dtype.itemsize
-  first, last = (columns * tile for tile in column_tiles)
-  _copy_rows(
-    table, first_row, num_rows, indices, destination, to_tile, first, last
-  )
-
-
-def _start_scale_copies(
-  scales, first_row, num_rows, indices, destination, *, to_tile
-):
-  _copy_rows(
-    scales,
-    first_row,
-    num_rows,
-    indices,
-    destination,
-    to_tile,
-    0,
-    scales.shape[-1],
-  )
-
-
-def _copy_rows(
-  table, first_row, num_rows, indices, destination, to_tile, first, last
-):
-  indices, start, rows = indices
-
-  def copy(i, _):
-    width = jnp.int32(indices.shape[-1])
-    index = indices[
-      lax.div(start + i, width), pl.ds(lax.rem(start + i, width), 1)
-    ][0]
-    row = table[jnp.clip(index, 0, num_rows - 1) + first_row, first:last]
-    row = jnp.where(index >= 0, row, jnp.zeros_like(row))
-    if row.dtype == jnp.float8_e4m3fn:
-      row = lax.bitcast_convert_type(row.reshape(-1, 2), jnp.bfloat16)
-    destination[i, pl.ds(copies.TILE * to_tile, row.shape[0])] = row
-
-  lax.fori_loop(0, rows, copy, None)
-
-
-def _widen(destination, *, tiles, scale):
-  first, last = (copies.TILE * tile for tile in tiles)
-  middle = (first + last) // 2
-  blocks = (last - first) // quantization.BLOCK
-  values = lax.bitcast_convert_type(
-    destination[:, first:middle], jnp.float8_e4m3fn
-  ).reshape(-1, last - first)
-  scales = destination[:, middle + scale : middle + scale + blocks]
-  destination[:, first:last] = quantization.dequantize_latents(
-    quantization.QuantizedLatents(values, scales, scales[:, :0])
-  )
-
-
-@contextlib.contextmanager
-def portable_float8():
-  """Within `portable_copies.interpreted`: kernels of float8 rows run, too."""
-  with contextlib.ExitStack() as stack:
-    for module, name, substitute in (
-      (copies, "start_row_copies", _start_row_copies),
-      (copies, "start_scale_copies", _start_scale_copies),
-      (copies, "commit", lambda: None),
-      (copies, "wait_groups", lambda pending: None),
-      (copies, "arrive", copies.arrive_when_copied),
-      (float8_rows, "widen", _widen),
-    ):
-      stack.enter_context(mock.patch.object(module, name, substitute))
-    yield
 
 
 def _portable_rows_scratch(problem):
