@@ -53,7 +53,9 @@ class SparseTransformer(nn.Module):
     self.embed_tokens = nn.Embed(
       cfg.vocab_size,
       cfg.hidden_size,
-      dtype=cfg.dtype,
+      # Rows are taken before they are rounded: the gradient of a frequent
+      # token sums in the parameters' dtype, not over thousands of bfloat16.
+      dtype=cfg.param_dtype,
       param_dtype=cfg.param_dtype,
       embedding_init=nn.initializers.normal(cfg.initializer_range),
     )
@@ -105,7 +107,7 @@ class SparseTransformer(nn.Module):
       segment_ids,
       None if cache is None else cache.lengths,
     )
-    hidden = self.embed_tokens(tokens)
+    hidden = self.embed(tokens)
     index, states, inputs, caches = None, [], [], []
     for layer, block in enumerate(self.layers):
       if runtime_schedule is None:
@@ -140,7 +142,7 @@ class SparseTransformer(nn.Module):
 
   def embed(self, tokens: types.Tokens) -> types.Hidden:
     """Returns the input of layer 0."""
-    return self.embed_tokens(tokens)
+    return self.embed_tokens(tokens).astype(self.config.dtype)
 
   def logits(self, hidden: types.Hidden) -> Float32[Array, "B T vocab"]:
     """Returns the logits of the last layer's output."""

@@ -105,6 +105,20 @@ class StaticScheduleTest(parameterized.TestCase):
     )
 
 
+class EmbeddingTest(absltest.TestCase):
+  def test_gradient_of_a_frequent_token_in_bfloat16(self):
+    """4096 terms of one sign: a sum in bfloat16 stops growing at 256 terms."""
+    config = tiny("FFFF").replace(dtype=jnp.bfloat16)
+    model, params = ic.SparseTransformer(config), full_params()
+    tokens = jnp.zeros((1, 4096), jnp.int32)
+
+    def total(params):
+      return jnp.sum(model.apply({"params": params}, tokens, method="embed"))
+
+    grads = jax.grad(total)(params)["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(grads[0], 4096)
+
+
 class RuntimeScheduleTest(parameterized.TestCase):
   def test_one_compilation_serves_every_schedule(self):
     config = tiny()
