@@ -3,7 +3,7 @@
 """The paper's experiment from nothing to its tables, on all GPUs of a machine.
 
   python -m experiments.paper_all --dtype=bfloat16 --seeds=0,1,2 \
-    --num_devices=2 --output_dir=runs/paper
+    --devices=0,1 --output_dir=runs/paper
 
 Each part of `paper_runs` is a process of its own, for a small model leaves most
 of a large GPU idle while it compiles and launches. While the base models train,
@@ -40,8 +40,8 @@ _VARIANTS = flags.DEFINE_multi_enum(
   "To train from each base model.",
 )
 _SCALE = flags.DEFINE_float("scale", 1.0, "As that of `paper_runs`.")
-_NUM_DEVICES = flags.DEFINE_integer(
-  "num_devices", 1, "GPUs to use.", lower_bound=1
+_DEVICES = flags.DEFINE_list(
+  "devices", ["0"], "GPUs to use, by CUDA's numbers."
 )
 _PER_DEVICE = flags.DEFINE_integer(
   "processes_per_device", 3, "Parts at a time on each.", lower_bound=1
@@ -67,7 +67,7 @@ def main(argv):
   runner = processes.Runner(
     all_tasks(folder),
     processes.Places(
-      num_devices=_NUM_DEVICES.value,
+      devices=_DEVICES.value,
       per_device=_PER_DEVICE.value,
       compilers=_COMPILERS.value,
     ),
@@ -90,6 +90,12 @@ def main(argv):
 
 def all_tasks(folder: pathlib.Path) -> list[processes.Task]:
   """Of all seeds: base models first, then what needs them, tables last."""
+  for name, value in (("seeds", _SEEDS.value), ("devices", _DEVICES.value)):
+    if not value or not all(word.isdigit() for word in value):
+      raise ValueError(
+        f"--{name} must be whole numbers from 0, one or more: got"
+        f" {','.join(value)!r}. For example --{name}=0,1."
+      )
   seeds = [_Seed(folder, int(seed)) for seed in dict.fromkeys(_SEEDS.value)]
   compiled = _compilations(seeds[0]) if _COMPILERS.value else []
   measured = [seed.measurement() for seed in seeds]

@@ -44,12 +44,12 @@ class Places:
   """How many tasks run at the same time.
 
   Attributes:
-    num_devices: devices, of which each task sees one.
+    devices: CUDA's numbers of those to use; each task sees one.
     per_device: tasks that train on a device.
     compilers: tasks that do not train, in all.
   """
 
-  num_devices: int
+  devices: Sequence[str]
   per_device: int
   compilers: int
 
@@ -79,7 +79,7 @@ class Runner:
     self._places = places
     self._log_dir = pathlib.Path(log_dir)
     self._deadline = deadline
-    self._running: dict[str, tuple[subprocess.Popen, int]] = {}
+    self._running: dict[str, tuple[subprocess.Popen, str]] = {}
     self._outcomes: dict[str, Outcome] = {}
     self._started: dict[str, float] = {}
     if len(self._tasks) < len(tasks):
@@ -139,7 +139,7 @@ class Runner:
       for name, (_, device) in self._running.items()
       if self._tasks[name].trains == task.trains
     )
-    device = min(range(self._places.num_devices), key=lambda x: taken[x])
+    device = min(self._places.devices, key=lambda x: taken[x])
     if task.trains:
       return device if taken[device] < self._places.per_device else None
     return device if taken.total() < self._places.compilers else None
@@ -152,7 +152,7 @@ class Runner:
         list(task.command((self._deadline - time.monotonic()) / 60)),
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": str(device)},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": device},
       )
     self._running[task.name] = process, device
 

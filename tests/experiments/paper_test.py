@@ -70,6 +70,11 @@ class ScriptsTest(scripts_test.ScriptCase):
       ["--smoke", "--part=full", f"--output_dir={self.folder}"],
       "--part must name `base` until the base model is trained",
     )
+    self.assert_refuses(
+      "paper_all",
+      ["--smoke", "--seeds=one", f"--output_dir={self.folder}"],
+      "--seeds must be whole numbers from 0, one or more: got 'one'",
+    )
 
 
 def record(seed, losses, exact):

@@ -11,7 +11,7 @@ from absl.testing import absltest
 
 from experiments import processes
 
-_PLACES = processes.Places(num_devices=2, per_device=1, compilers=1)
+_PLACES = processes.Places(devices=("2", "5"), per_device=1, compilers=1)
 
 
 class ProcessesTest(absltest.TestCase):
@@ -48,7 +48,7 @@ class ProcessesTest(absltest.TestCase):
     )
     self.assertEqual(set(outcomes.values()), {"done"})
     devices = {(self.folder / name).read_text() for name in "ab"}
-    self.assertEqual(devices, {"0", "1"})
+    self.assertEqual(devices, {"2", "5"})
 
   def test_a_failure_stops_what_needs_it_alone(self):
     outcomes, printed = self.run_tasks(
