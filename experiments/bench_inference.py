@@ -191,11 +191,7 @@ def compile_all(series, params, contexts, log: "Log") -> None:
   """Compiles each series' programs, some at a time, into JAX's cache."""
   if _JOBS.value == 1:
     return
-  if not jax.config.jax_compilation_cache_dir:
-    raise ValueError(
-      "`--compile_jobs` above 1 hands programs over through JAX's compilation"
-      " cache: got none. Set JAX_COMPILATION_CACHE_DIR to a folder."
-    )
+  common.require_compilation_cache("`--compile_jobs` above 1")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   lowered = [
     program

@@ -67,6 +67,15 @@ def write_records(
   write_text(path.with_suffix(".md"), "\n".join([*head, *rows]) + "\n")
 
 
+def require_compilation_cache(subject: str) -> None:
+  """Raises ValueError unless JAX keeps programs that another call can find."""
+  if not jax.config.jax_compilation_cache_dir:
+    raise ValueError(
+      f"{subject} hands programs over through JAX's compilation cache: got"
+      " none. Set JAX_COMPILATION_CACHE_DIR to a folder."
+    )
+
+
 def table_row(record: dict, columns: Sequence[str]) -> str:
   """A line of a table: floats to four digits, nothing where there is none."""
   cells = (record.get(column, "") for column in columns)

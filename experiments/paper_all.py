@@ -37,7 +37,8 @@ _VARIANTS = flags.DEFINE_multi_enum(
   "variant",
   list(paper_recipe.VARIANTS),
   list(paper_recipe.VARIANTS),
-  "To train from each base model.",
+  "To train from each base model. Table 3 of a seed is measured once, after"
+  " all that are named.",
 )
 _SCALE = flags.DEFINE_float("scale", 1.0, "As that of `paper_runs`.")
 _DEVICES = flags.DEFINE_list(
@@ -106,11 +107,8 @@ def all_tasks(folder: pathlib.Path) -> list[processes.Task]:
       "--runs=" + ",".join(str(seed.folder) for seed in seeds),
       f"--output_dir={folder / 'tables'}",
     ),
-    is_done=lambda: all(
-      (folder / "tables" / f"{name}.md").exists()
-      for name in paper_report.TABLES
-    ),
-    # Alone on the machine, for the last of them holds times.
+    # Every time, for there may be more seeds than the last time; and alone on
+    # the machine, for the last of them holds times.
     needs=[task.name for task in measured],
   )
   return [

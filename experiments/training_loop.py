@@ -60,11 +60,7 @@ def compile_stages(config, train) -> None:
   Raises:
     ValueError: there is no such cache.
   """
-  if not jax.config.jax_compilation_cache_dir:
-    raise ValueError(
-      "Compiling alone hands programs over through JAX's compilation cache:"
-      " got none. Set JAX_COMPILATION_CACHE_DIR to a folder."
-    )
+  common.require_compilation_cache("Compiling alone")
   state = jax.eval_shape(lambda: training.init_state(config, train))
   programs = dict.fromkeys(
     (train.stage(step), train.batch_shape(step))

@@ -15,6 +15,8 @@ import re
 
 _ODD_DESCRIPTOR = re.compile(r"[^\n]*\bdesc\[UR\d*[13579]\][^\n]*")
 _FAILURE = "nvdisasm invocation failed"
+# Every kernel's last instruction.
+_END = re.compile(r"\bEXIT\b")
 
 
 def set_environment():
@@ -42,6 +44,8 @@ def fault(text: str) -> str | None:
   """What is wrong in a compiler's output with machine code, or None."""
   if _FAILURE in text:
     return text[text.index(_FAILURE) :].splitlines()[0]
+  if not _END.search(text):
+    return "no machine code was printed: nothing was checked"
   found = _ODD_DESCRIPTOR.search(text)
   if found:
     return f"ptxas used a register that nothing sets: {found[0].strip()}"

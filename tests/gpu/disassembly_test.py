@@ -5,6 +5,7 @@ from absl.testing import absltest
 from tests.gpu import disassembly
 
 _RIGHT = """
+        /*1d00*/   EXIT ;
         /*1e10*/   LDGSTS.E.BYPASS.128 [R19+0x4000], desc[UR32][R12.64] ;
         /*1e20*/   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR21], R6 ;
 """
@@ -21,6 +22,7 @@ class DisassemblyTest(absltest.TestCase):
     )
 
   def test_no_machine_code_is_a_fault(self):
+    self.assertRegex(disassembly.fault("ptxas info"), "nothing was checked")
     self.assertEqual(
       disassembly.fault("x\nnvdisasm invocation failed: why\ny"),
       "nvdisasm invocation failed: why",

@@ -24,6 +24,7 @@ from tests.kernels import (
   errors,
   loops,
   sparse_attention_mosaic_gpu_test,
+  sparse_attention_test,
 )
 
 
@@ -252,15 +253,12 @@ class EntryTest(parameterized.TestCase):
       0.05,
       shape.value_dim,
     )
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance("bfloat16"),
+    sparse_attention_test.assert_results_close(
+      (out, residuals),
+      expected,
+      tolerances.tolerance("bfloat16"),
+      shape.latent_dim,
     )
-    for actual, want in zip(residuals, expected[1:], strict=True):
-      np.testing.assert_allclose(
-        actual, want, **tolerances.tolerance("float32", shape.latent_dim)
-      )
 
   def test_gradient_is_that_of_xla(self):
     shape = shapes.Shape(1, 5, 40, 12, 290, 256, 30)

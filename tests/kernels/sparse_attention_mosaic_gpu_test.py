@@ -177,15 +177,12 @@ class EntryTest(parameterized.TestCase):
       )
     )(*args)
     expected = loops.sparse_mla(*args, 0.3, shape.value_dim)
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance("bfloat16"),
+    sparse_attention_test.assert_results_close(
+      (out, residuals),
+      expected,
+      tolerances.tolerance("bfloat16"),
+      shape.latent_dim,
     )
-    for actual, want in zip(residuals, expected[1:], strict=True):
-      np.testing.assert_allclose(
-        actual, want, **tolerances.tolerance("float32", shape.latent_dim)
-      )
 
   @parameterized.parameters(
     (1, 16, 16), (8, 16, 8), (64, 16, 2), (4096, 16, 1), (1, 1, 1), (3, 5, 5)

@@ -126,15 +126,12 @@ class SparseMLATest(parameterized.TestCase):
     quantized = pallas_kernels.quantize_latents(latent, shape.value_dim)
     out, residuals = self.attend(query, quantized, indices)
     self.assertEqual(out.dtype, jnp.dtype(dtype))
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance(dtype, 4),
+    sparse_attention_test.assert_results_close(
+      (out, residuals),
+      expected,
+      tolerances.tolerance(dtype, 4),
+      shape.latent_dim,
     )
-    for actual, want in zip(residuals, expected[1:], strict=True):
-      np.testing.assert_allclose(
-        actual, want, **tolerances.tolerance("float32", shape.latent_dim)
-      )
 
   @parameterized.named_parameters(
     # As `quantize_latents` states; of 1 value in 100, 100 times the others; of

@@ -50,6 +50,18 @@ def jitted(implementation, scale, value_dim):
   )
 
 
+def assert_results_close(actual, expected, out_tolerance, reduction):
+  """Compares output and float32 residuals with a loop's."""
+  out, residuals = actual
+  np.testing.assert_allclose(
+    np.asarray(out, np.float32), expected[0], **out_tolerance
+  )
+  for a, b in zip(residuals, expected[1:], strict=True):
+    np.testing.assert_allclose(
+      a, b, **tolerances.tolerance("float32", reduction)
+    )
+
+
 class SparseMLATest(parameterized.TestCase):
   """The op's contract.
 
@@ -96,16 +108,12 @@ class SparseMLATest(parameterized.TestCase):
     expected = loops.sparse_mla(*args, 0.3, 16)
     self.assertEqual(out.dtype, jnp.dtype(dtype))
     reduction = shape.latent_dim + shape.k
-    np.testing.assert_allclose(
-      np.asarray(out, np.float32),
-      expected[0],
-      **tolerances.tolerance(dtype, 4 if dtype == "bfloat16" else reduction),
+    for residual in residuals:
+      self.assertEqual(residual.dtype, jnp.float32)
+    terms = 4 if dtype == "bfloat16" else reduction
+    assert_results_close(
+      (out, residuals), expected, tolerances.tolerance(dtype, terms), reduction
     )
-    for actual, want in zip(residuals, expected[1:], strict=True):
-      self.assertEqual(actual.dtype, jnp.float32)
-      np.testing.assert_allclose(
-        actual, want, **tolerances.tolerance("float32", reduction)
-      )
 
   def test_a_query_without_rows_is_zero(self):
     shape = shapes.SHAPES["tiny"]
