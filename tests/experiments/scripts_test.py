@@ -199,11 +199,13 @@ class EvaluateTest(ScriptCase):
 
 # The signal of Ctrl-C, at the call of that number. Sent from outside it could
 # hit a finalizer, such as that of the progress bar, where Python drops it.
+# A shell's background jobs ignore it, and so would Python.
 _INTERRUPTED_GENERATION = """
 import itertools, signal, sys
 import indexcache_jax as ic
 from experiments import common, generate
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 calls, last, real = itertools.count(1), int(sys.argv.pop()), ic.generate
 def interrupted(*args, **kwargs):
   if next(calls) == last:
