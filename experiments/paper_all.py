@@ -27,7 +27,6 @@ from experiments import (
   common,
   inputs,
   paper_recipe,
-  paper_report,
   processes,
   training_loop,
 )
@@ -99,7 +98,7 @@ def all_tasks(folder: pathlib.Path) -> list[processes.Task]:
       )
   seeds = [_Seed(folder, int(seed)) for seed in dict.fromkeys(_SEEDS.value)]
   compiled = _compilations(seeds[0]) if _COMPILERS.value else []
-  measured = [seed.measurement() for seed in seeds]
+  measured = [task for seed in seeds for task in seed.measurements()]
   tables = processes.Task(
     name="tables",
     command=lambda _: _command(
@@ -151,11 +150,16 @@ class _Seed:
       ],
     )
 
-  def measurement(self):
+  def measurements(self):
     """All tables but the one of times, measured and written for this seed."""
-    tables = [name for name in paper_report.TABLES if name != "costs"]
+    return [
+      self._measurement(["overlap", "training_free"], needs=["search"]),
+      self._measurement(["training_aware"], needs=["base", *_VARIANTS.value]),
+    ]
+
+  def _measurement(self, tables, needs):
     return processes.Task(
-      name=self._name("tables"),
+      name=self._name("_".join(["tables", *tables])),
       command=lambda _: _command(
         "paper_tables",
         *(f"--table={name}" for name in tables),
@@ -165,7 +169,7 @@ class _Seed:
       is_done=lambda: all(
         (self.folder / f"{name}.json").exists() for name in tables
       ),
-      needs=[self._name(part) for part in ("search", *_VARIANTS.value)],
+      needs=[self._name(part) for part in needs],
     )
 
   def command(self, part, *arguments):
