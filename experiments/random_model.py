@@ -134,24 +134,26 @@ def _with_bias(params, bias):
 
 
 def random_cache(cache: ic.Cache, length: int, seed: int = 0) -> ic.Cache:
-  """Fills a cache with `length` random tokens in each sequence."""
+  """Fills a cache, which is donated, with `length` random tokens a sequence.
 
-  @functools.partial(jax.jit, donate_argnums=(0,))
-  def fill(cache, key):
-    rows, tree = jax.tree.flatten((cache.kv_latent, cache.index_keys))
-    keys = jax.random.split(key, len(rows))
-    rows = [_normal_rows(*one) for one in zip(keys, rows, strict=True)]
-    kv_latent, index_keys = jax.tree.unflatten(tree, rows)
-    return cache.replace(
-      kv_latent=kv_latent,
-      index_keys=index_keys,
-      lengths=jnp.full_like(cache.lengths, length),
-    )
+  Array by array: XLA compiled one program for those of 47 layers for minutes.
+  """
+  rows, tree = jax.tree.flatten((cache.kv_latent, cache.index_keys))
+  key = jax.random.key(seed)
+  rows = [
+    _normal_rows(one, jax.random.fold_in(key, place))
+    for place, one in enumerate(rows)
+  ]
+  kv_latent, index_keys = jax.tree.unflatten(tree, rows)
+  return cache.replace(
+    kv_latent=kv_latent,
+    index_keys=index_keys,
+    lengths=jnp.full_like(cache.lengths, length),
+  )
 
-  return fill(cache, jax.random.key(seed))
 
-
-def _normal_rows(key, rows):
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _normal_rows(rows, key):
   """Normal numbers; a packed cache has two of bfloat16 a word."""
   if rows.dtype == jnp.uint32:
     halves = jax.random.normal(key, (*rows.shape, 2), jnp.bfloat16)

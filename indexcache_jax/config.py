@@ -233,16 +233,22 @@ class SparseTransformerConfig:
   def replace(self, **changes) -> "SparseTransformerConfig":
     """Returns a checked copy with other fields.
 
-    A new `num_hidden_layers` drops the schedule and the MLP types, which have
-    the old length, unless they are given too.
+    What follows from a field that gets another value is derived anew, unless it
+    is given too: the schedule and the MLP types from `num_hidden_layers`, the
+    MLP types from `first_k_dense_replace`, the indexer's RoPE layout from
+    `model_type`.
     """
-    if changes.get("num_hidden_layers", self.num_hidden_layers) != (
-      self.num_hidden_layers
-    ):
-      changes = {"schedule": None, "mlp_layer_types": None} | changes
+    for field, derived in _DERIVED_FROM.items():
+      if changes.get(field, getattr(self, field)) != getattr(self, field):
+        changes = dict.fromkeys(derived) | changes
     return dataclasses.replace(self, **changes)
 
 
+_DERIVED_FROM = {
+  "num_hidden_layers": ("schedule", "mlp_layer_types"),
+  "first_k_dense_replace": ("mlp_layer_types",),
+  "model_type": ("indexer_rope_interleave",),
+}
 _POSITIVE = (
   "vocab_size",
   "hidden_size",

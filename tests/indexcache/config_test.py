@@ -58,6 +58,21 @@ class ConfigErrorsTest(parameterized.TestCase):
     self.assertEqual(config.schedule.pattern, "FFFFFF")
     self.assertLen(config.mlp_layer_types, 6)
 
+  def test_what_follows_from_a_field_changes_with_it(self):
+    config = ic.PRESETS["tiny"]()
+    dense = config.replace(first_k_dense_replace=3)
+    self.assertEqual(dense.mlp_layer_types, ("dense",) * 3 + ("sparse",))
+    given = ("sparse",) * 4
+    self.assertEqual(
+      config.replace(
+        first_k_dense_replace=3, mlp_layer_types=given
+      ).mlp_layer_types,
+      given,
+    )
+    other = config.replace(model_type="deepseek_v32")
+    self.assertTrue(config.indexer_rope_interleave)
+    self.assertFalse(other.indexer_rope_interleave)
+
   def test_rope_errors(self):
     with self.assertRaisesRegex(ValueError, "'default' or 'yarn': got 'ntk'"):
       ic.RopeConfig(rope_type="ntk")
