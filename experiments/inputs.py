@@ -5,6 +5,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ CHECKPOINT = flags.DEFINE_string(
 TEXT = flags.DEFINE_multi_string(
   "text",
   [],
-  "Files, folders or globs; default: this Python's standard library.",
+  "Files, folders or globs; default: this Python's standard library, and what"
+  " a script adds to it.",
 )
 CONTEXT = flags.DEFINE_integer(
   "context",
@@ -104,22 +106,27 @@ def _shardings(path, schedule):
   return sharding.parameter_shardings(shapes["params"])
 
 
-def text_files() -> list[pathlib.Path]:
-  """The files that --text names."""
+def text_files(packages: Sequence[str] = ()) -> list[pathlib.Path]:
+  """The files that --text names, by default the standard library's.
+
+  Args:
+    packages: installed ones whose source is read beside the library's.
+  """
   if TEXT.value:
     return text.expand_files(TEXT.value)
-  return text.standard_library_files()
+  return text.standard_library_files() + text.package_files(packages)
 
 
 def split_bytes(
-  max_tokens: int | None = None,
+  max_tokens: int | None = None, packages: Sequence[str] = ()
 ) -> tuple[Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
   """Bytes of --text, split into (training, held out) as `split_tokens` does.
 
   Args:
     max_tokens: of either part at most; None: all.
+    packages: see `text_files`.
   """
-  return _split(text.encode_bytes, max_tokens)
+  return _split(text_files(packages), text.encode_bytes, max_tokens)
 
 
 def held_out_tokens(model: Model) -> Int32[np.ndarray, " tokens"]:
@@ -134,11 +141,10 @@ def split_tokens(
 
   By files where both parts get one; a single file is cut in the middle.
   """
-  return _split(model.encode, None)
+  return _split(text_files(), model.encode, None)
 
 
-def _split(encode, max_tokens):
-  files = text_files()
+def _split(files, encode, max_tokens):
   parts = text.split_files(files)
   if all(parts):
     return tuple(text.load_tokens(part, encode, max_tokens) for part in parts)

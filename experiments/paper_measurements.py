@@ -56,7 +56,7 @@ class Model:
   def load(cls, recipe: paper_recipe.Recipe, path: pathlib.Path) -> "Model":
     """Loads a checkpoint of the all-full model, and --text."""
     _, params = ic.load_checkpoint(path, recipe.config.dtype, progress=False)
-    calibration, held_out = inputs.split_bytes()
+    calibration, held_out = inputs.split_bytes(packages=recipe.packages)
     return cls(recipe, params, calibration, held_out)
 
   def with_variant(self, path: pathlib.Path) -> "Model":

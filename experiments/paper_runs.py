@@ -84,7 +84,7 @@ def main(argv):
   if _COMPILE_ONLY.value:
     _compile(recipe, folder, parts)
     return
-  tokens, _ = inputs.split_bytes(_MAX_TEXT_TOKENS.value)
+  tokens, _ = inputs.split_bytes(_MAX_TEXT_TOKENS.value, recipe.packages)
   print(
     f"{common.count_parameters(recipe.config):,} parameters,"
     f" {len(tokens):,} tokens"

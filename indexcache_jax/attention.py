@@ -15,7 +15,7 @@ from indexcache_jax import config as config_lib
 from indexcache_jax import dense_mla, linear, norms, rope, types
 from indexcache_jax import indexer as indexer_lib
 from pallas_kernels import numerics
-from pallas_kernels.sparse_attention import mosaic_tpu_packed
+from pallas_kernels.sparse_attention import api as mosaic_tpu_packed
 
 AttentionKind = Literal["sparse", "dense"]
 

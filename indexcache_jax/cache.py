@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from indexcache_jax import config as config_lib
 from indexcache_jax import costs, types
-from pallas_kernels.sparse_attention import mosaic_tpu_layout, mosaic_tpu_packed
+from pallas_kernels import packing as mosaic_tpu_layout
+from pallas_kernels import packing as mosaic_tpu_packed
 
 PackedLatent = mosaic_tpu_layout.PackedLatent
 

@@ -142,23 +142,21 @@ def training_window(
   rng: np.random.Generator,
   num_facts: int,
 ) -> Int32[np.ndarray, " T"]:
-  """Overwrites parts of a window with facts, and its end with all questions.
+  """Overwrites parts of a window with facts and answered questions.
 
-  The questions are answered, in random order, so each asks for one of several
-  facts at an unknown distance.
+  A question lies anywhere behind its fact. Were all questions at the end, a
+  model would learn to answer only there: one that did recalled every fact of
+  8192 tokens and few of 4096.
 
   Raises:
     ValueError: the window is too short.
   """
-  facts = task.facts(rng, num_facts)
-  order = rng.permutation(num_facts)
-  asked = _encode("".join(facts[place].asked for place in order))
-  haystack = window[: max(len(window) - len(asked), 0)].copy()
-  lines = [fact.lines for fact in facts]
-  starts = _slot_starts(task, window, haystack, lines)
+  lines = [(*fact.lines, fact.asked) for fact in task.facts(rng, num_facts)]
+  hidden = window.copy()
+  starts = _slot_starts(task, window, hidden, lines)
   places = rng.choice(len(starts), _num_lines(lines), replace=False)
-  _write(haystack, lines, starts[places])
-  return np.concatenate([haystack, asked])
+  _write(hidden, lines, starts[places])
+  return hidden
 
 
 def task_batch(

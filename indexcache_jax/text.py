@@ -7,6 +7,7 @@ the step alone, so that a resumed run needs no state of its data.
 """
 
 import glob
+import importlib.util
 import os
 import pathlib
 import sysconfig
@@ -17,13 +18,17 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 # Text -> token ids.
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[str], Sequence[int] | Int32[np.ndarray, " tokens"]]
 # Token ids -> text.
 Decode = Callable[[Iterable[int] | Int[np.ndarray, " tokens"]], str]
 
 _BYTE_VOCAB = 256
 # Of the files that are read where a folder is named.
 _SUFFIXES = (".md", ".py", ".rst", ".txt")
+# Folders that are not read: other packages, and tests, which repeat themselves.
+_SKIPPED = frozenset(
+  ("site-packages", "dist-packages", "test", "tests", "idle_test")
+)
 # One file in this many is held out of training and calibration.
 _HELD_OUT_EVERY = 10
 
@@ -33,12 +38,40 @@ def standard_library_files() -> list[pathlib.Path]:
 
   Real text that every machine has: about 10 MB of English and code.
   """
-  root = pathlib.Path(sysconfig.get_path("stdlib"))
-  skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+  return _source_files(pathlib.Path(sysconfig.get_path("stdlib")))
+
+
+def package_files(names: Sequence[str]) -> list[pathlib.Path]:
+  """Source files of installed packages, their tests left out.
+
+  What a project requires is on every machine that runs it; which versions
+  decides what is read.
+
+  Args:
+    names: as in an import statement.
+
+  Raises:
+    ValueError: a package is not installed, or has no folder.
+  """
+  files = []
+  for name in names:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+      raise ValueError(
+        f"`names` must be installed packages: got {name!r}. Install it, or read"
+        " other text."
+      )
+    for location in spec.submodule_search_locations:
+      files += _source_files(pathlib.Path(location))
+  return files
+
+
+def _source_files(root):
+  """Python files below a folder, sorted."""
   return [
     path
     for path in sorted(root.rglob("*.py"))
-    if not skipped & set(path.relative_to(root).parts)
+    if not _SKIPPED & set(path.relative_to(root).parts)
   ]
 
 
@@ -133,9 +166,9 @@ def _load_tokenizer(checkpoint, vocab_size):
   return None
 
 
-def encode_bytes(text: str) -> list[int]:
+def encode_bytes(text: str) -> Int32[np.ndarray, " tokens"]:
   """UTF-8 bytes, the vocabulary of the embedded model."""
-  return list(text.encode("utf-8"))
+  return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
 
 def decode_bytes(tokens: Iterable[int] | Int[np.ndarray, " tokens"]) -> str:

@@ -10,12 +10,12 @@ from absl.testing import absltest
 
 import indexcache_jax as ic
 from indexcache_jax import cache as cache_lib
-from pallas_kernels.sparse_attention import mosaic_tpu_packed
+from pallas_kernels import packing
 from tests.indexcache import toy
 
 
 def packed_cache(config, batch, capacity):
-  with mock.patch.object(mosaic_tpu_packed, "is_preferred", return_value=True):
+  with mock.patch.object(packing, "is_preferred", return_value=True):
     return ic.init_cache(config, batch, capacity)
 
 

@@ -34,6 +34,16 @@ class FilesTest(absltest.TestCase):
       [path.name for path in moved_held_out], [path.name for path in held_out]
     )
 
+  def test_packages(self):
+    files = text.package_files(["numpy", "absl"])
+    parents = {path.parent.name for path in files}
+    self.assertContainsSubset({"numpy", "absl"}, parents)
+    self.assertNoCommonElements({"tests"}, parents)
+    with self.assertRaisesRegex(
+      ValueError, "`names` must be installed packages: got 'no_such_one'"
+    ):
+      text.package_files(["no_such_one"])
+
   def test_expands_globs(self):
     folder = temporary_folder(self)
     for name in ("b.txt", "a.txt", "c.md"):
