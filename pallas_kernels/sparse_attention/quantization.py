@@ -58,7 +58,8 @@ def quantize_latents(
   as logits depend on them most.
 
   What this saves is memory: on one H200 prefill of 4096 x 131072 with 64 heads
-  took `sparse_mla` 2.81 ms, and 2.12 in bfloat16. Decoding was not timed.
+  took `sparse_mla` 2.80 ms, and 2.12 in bfloat16; decoding 64 sequences 61 and
+  56 us (results/kernels).
 
   Args:
     kv_latent: rows.

@@ -28,6 +28,8 @@ _FAILURE = re.compile(
   r"(?=^(?:=|-){70}$|\Z)",
   re.MULTILINE | re.DOTALL,
 )
+# Empty lines, unittest's rules, and log lines such as "I1128 18:58:21.575574".
+_NOISE = re.compile(r"\s*$|[=-]{70}$|[IWEF]\d{4} \d\d:\d\d:")
 _CASES = re.compile(r"^cases: (\d+)$", re.MULTILINE)
 # Of a failure, and of the output of a child that did not get as far.
 _LINES_A_FAILURE = 12
@@ -159,9 +161,11 @@ class Child:
 
   @property
   def line(self) -> str:
-    """One line: name, seconds, and the end of the output."""
+    """One line: name, seconds, and the end of what is no log line or rule."""
     word = "passed" if self.passed else "FAILED"
-    lines = [line for line in self.output.splitlines() if line.strip()]
+    lines = [
+      line for line in self.output.splitlines() if not _NOISE.match(line)
+    ]
     return f"{word} {self.name} {self.seconds:.0f}s: {'; '.join(lines[-3:])}"
 
 

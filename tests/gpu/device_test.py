@@ -78,7 +78,10 @@ class RunChildTest(absltest.TestCase):
     self.assertLen(device.failures(child.output), 3)
 
   def test_a_child_that_succeeds(self):
-    child = self.run_child("print('one'); print('two')")
+    child = self.run_child(
+      "print('one'); print('I1128 18:58:21.575574 1 a.py:9] x');"
+      " print(70 * '-'); print('two')"
+    )
     self.assertTrue(child.passed)
     self.assertEqual(child.fault, "")
     self.assertRegex(child.line, r"^passed a child \d+s: one; two$")
