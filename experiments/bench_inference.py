@@ -11,8 +11,8 @@ the speed of generation.
 
 Random weights; the work does not depend on their values, once the experts share
 the tokens as a trained router's do: their load is reported. Beside each ratio
-stands the most that Amdahl's law allows: the speed-up if the kernel time of the
-removed indexers alone went away.
+stands what kernels account for: the speed-up if the time of the removed
+indexers' kernels alone went away.
 """
 
 import concurrent.futures
@@ -67,7 +67,9 @@ _MAX_BATCH = flags.DEFINE_integer(
 )
 _PHASES = flags.DEFINE_list("phases", ["prefill", "decode"], "What to measure.")
 _PROFILE = flags.DEFINE_string(
-  "profile", None, "profile.jsonl of profile_layer, for Amdahl's limit."
+  "profile",
+  None,
+  "profile.jsonl of profile_layer, for what kernels account for.",
 )
 _JOBS = flags.DEFINE_integer(
   "compile_jobs", 1, "Programs compiled at the same time.", lower_bound=1

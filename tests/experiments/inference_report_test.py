@@ -1,5 +1,11 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
 from absl.testing import absltest
 
 from experiments import inference_report
@@ -68,6 +74,34 @@ class TableTest(absltest.TestCase):
         "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | | |",
       ],
     )
+
+
+class TablesTest(absltest.TestCase):
+  def test_makes_the_tables_of_a_folder_again(self):
+    temporary = tempfile.TemporaryDirectory()
+    self.addCleanup(temporary.cleanup)
+    folder = pathlib.Path(temporary.name)
+    record = {
+      "metric": "prefill",
+      "index_keys": "bfloat16",
+      "context": 7,
+      "schedule": "full",
+      "num_full": 4,
+      "seconds": 2.0,
+    }
+    (folder / "inference.jsonl").write_text(json.dumps(record) + "\n")
+    command = [sys.executable, "-m", "experiments.inference_tables"]
+    done = subprocess.run(
+      [*command, f"--folder={folder}"], capture_output=True, text=True
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    line = "| prefill | 7 | bfloat16 | full | 2 s | 1x |  |"
+    self.assertIn(line, (folder / "inference.md").read_text())
+    self.assertTrue((folder / "inference.png").exists())
+    done = subprocess.run(
+      [*command, f"--folder={folder / 'none'}"], capture_output=True, text=True
+    )
+    self.assertIn("--folder must hold inference.jsonl", done.stderr)
 
 
 class IndexerTableTest(absltest.TestCase):
