@@ -54,7 +54,7 @@ _COMPILE_ONLY = flags.DEFINE_bool(
   "Only compile what trains the parts, into JAX's compilation cache.",
 )
 _SCALE = flags.DEFINE_float(
-  "scale", 1.0, "Factor on the steps of all stages; 1: 202 million tokens."
+  "scale", 1.0, "Factor on the steps of all stages; 1: 255 million tokens."
 )
 _MAX_MINUTES = flags.DEFINE_float(
   "max_minutes",
