@@ -1,0 +1,60 @@
+# Copyright 2026 The indexcache_jax Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The mixture of experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from experiments.kernel_workloads import base
+
+
+def expert_mlp() -> list[base.Workload]:
+  """From one token to a chunk of a prefill."""
+  experts, choices, width, inner = 64, 4, 2048, 1536
+
+  def make(key, tokens):
+    keys = jax.random.split(key, 5)
+    # Every expert gets as many rows as another.
+    chosen = jnp.arange(tokens * choices, dtype=jnp.int32) % experts
+    matrix = inner**-0.5 * base.normal(keys[0], (3, experts, width, inner))
+    return (
+      base.normal(keys[1], (tokens, width)),
+      chosen.reshape(tokens, choices),
+      jax.random.uniform(keys[2], (tokens, choices)),
+      matrix[0],
+      matrix[1],
+      matrix[2].swapaxes(1, 2),
+    )
+
+  def check(args, out):
+    rows, chosen, weights, *matrices = args
+    few = slice(0, 8)
+    expected = pk.expert_mlp(
+      rows[few].astype(jnp.float32),
+      chosen[few],
+      weights[few],
+      *(x.astype(jnp.float32) for x in matrices),
+      implementation="xla",
+    )
+    return base.relative_error(out[few], expected)
+
+  def workload(tokens):
+    expert = 3 * width * inner
+    is_few = tokens <= 64
+    read = min(tokens * choices, experts) * expert * 2
+    return base.Workload(
+      op="expert_mlp",
+      name=f"{tokens} tokens, 4 of 64 experts 2048x1536",
+      make=functools.partial(make, tokens=tokens),
+      function=pk.expert_mlp,
+      error=check,
+      tolerance=1e-2,
+      work=read if is_few else 2 * tokens * choices * expert,
+      unit="TB/s" if is_few else "TFLOP/s",
+      ceiling="copy" if is_few else "bfloat16",
+    )
+
+  return [workload(tokens) for tokens in (1, 16, 64, 5000)]
