@@ -14,7 +14,8 @@ Tables: overlap (1), training_free (2), training_aware (3), costs (4); without
 --table all four. What is not measured yet is, into a JSON file in the seed's
 folder; with these files alone, the models being elsewhere, the tables are made
 again. Expected: a .json, .md and .png a table in --output_dir, each row the
-mean over seeds with its spread.
+mean over seeds with its spread; and, with tables 1 to 3 there, claims.md, which
+says of each claim whether it held.
 """
 
 import json
@@ -28,6 +29,7 @@ from absl import flags, logging
 from experiments import (
   common,
   inputs,
+  paper_claims,
   paper_measurements,
   paper_recipe,
   paper_report,
@@ -57,6 +59,7 @@ def main(argv):
     print(
       paper_report.write(table, [s.measured(table) for s in seeds], output_dir)
     )
+  print(paper_claims.write(output_dir) or "")
 
 
 class _Seed:

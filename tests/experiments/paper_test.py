@@ -37,6 +37,7 @@ class ScriptsTest(scripts_test.ScriptCase):
       )
       self.assertIn("# Table", (tables / f"{name}.md").read_text())
     self.assertLen(list(tables.glob("*.png")), 5)
+    self.assertIn("Seeds: 3.", (tables / "claims.md").read_text())
     base, variant = (
       (self.folder / "logs" / f"seed3_{part}.log").read_text()
       for part in ("base", "full")
