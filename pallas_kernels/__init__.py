@@ -18,7 +18,13 @@ from pallas_kernels.indexer.api import (
   selected_indexer_scores,
 )
 from pallas_kernels.indexer.quantization import quantize_rows
-from pallas_kernels.sparse_attention.api import SparseMLAResiduals, sparse_mla
+from pallas_kernels.sparse_attention import packing
+from pallas_kernels.sparse_attention.api import (
+  SparseMLAResiduals,
+  sparse_mla,
+  sparse_mla_packed,
+)
+from pallas_kernels.sparse_attention.packing import PackedLatent
 from pallas_kernels.sparse_attention.quantization import (
   QuantizedLatents,
   dequantize_latents,
@@ -27,6 +33,7 @@ from pallas_kernels.sparse_attention.quantization import (
 from pallas_kernels.topk.api import top_k
 
 __all__ = [
+  "PackedLatent",
   "QuantizedLatents",
   "SparseMLAResiduals",
   "dense_mla_residuals",
@@ -35,9 +42,11 @@ __all__ = [
   "grouped_matmul",
   "indexer_scores",
   "indexer_topk",
+  "packing",
   "quantize_latents",
   "quantize_rows",
   "selected_indexer_scores",
   "sparse_mla",
+  "sparse_mla_packed",
   "top_k",
 ]

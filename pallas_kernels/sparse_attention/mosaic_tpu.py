@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA on a TPU's TensorCore: one row copy for each selected row.
 
-`mosaic_tpu_layout` is the form of the cache that can be read a row at a time,
-`mosaic_tpu_kernel` the kernel; here are its two entries, its limits and its
-sizes.
+`packing` is the form of the cache that can be read a row at a time,
+`mosaic_tpu_kernel` the kernel, `mosaic_tpu_merge` joins the parts of a lone
+query; here are the two entries, their limits and sizes.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from pallas_kernels import tpu
 from pallas_kernels.sparse_attention import mosaic_tpu_backward as backward
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
 from pallas_kernels.sparse_attention import mosaic_tpu_kernel as kernel
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import mosaic_tpu_merge as merge
+from pallas_kernels.sparse_attention import packing, reference
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
 
 Tiles = gather.Tiles
-_LANES = layout.LANES
+_LANES = packing.LANES
 # By the batch or by the queries; the rows are whole, for any may be selected.
 _SPLITS = tuple(
   tpu.Split((axis, latent_axis, axis), (axis, SparseMLAResiduals(axis, axis)))
@@ -39,42 +39,47 @@ def sparse_mla(
   *,
   scale: float,
   value_dim: int,
+  with_mean_probs: bool = True,
 ) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
   """Packs `kv_latent` (a copy a call) and runs the kernel.
 
-  A server keeps its cache packed and calls `sparse_mla_packed`.
+  A server keeps its cache packed and calls `sparse_mla_packed`, which has the
+  same arguments.
 
   Raises:
     NotImplementedError: a chip, dtype or shape that the kernel can't run.
   """
-  return _attend(query, kv_latent, topk_indices, scale, value_dim)
+  return _attend(
+    query, kv_latent, topk_indices, scale, value_dim, with_mean_probs
+  )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(query, kv_latent, topk_indices, scale, value_dim):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(query, kv_latent, topk_indices, scale, value_dim, with_mean_probs):
 
   def attend(query, kv_latent, topk_indices):
     return sparse_mla_packed(
       query,
-      layout.pack(kv_latent),
+      packing.pack(kv_latent),
       topk_indices,
       scale=scale,
       value_dim=value_dim,
+      with_mean_probs=with_mean_probs,
     )
 
   return tpu.over_devices(attend, (query, kv_latent, topk_indices), _SPLITS)
 
 
-def _forward(query, kv_latent, topk_indices, scale, value_dim):
+def _forward(query, kv_latent, topk_indices, scale, value_dim, with_mean_probs):
   arguments = (query.value, kv_latent.value, topk_indices.value)
-  out, residuals = _attend(*arguments, scale, value_dim)
+  out, residuals = _attend(*arguments, scale, value_dim, with_mean_probs)
   return (out, residuals), (*arguments, out, residuals.log_sum_exp)
 
 
-def _backward(scale, value_dim, saved, grads):
+def _backward(scale, value_dim, with_mean_probs, saved, grads):
   query, kv_latent, topk_indices, out, log_sum_exp = saved
   grad_out, residuals = grads
-  if not isinstance(residuals.mean_probs, SymbolicZero):
+  if with_mean_probs and not isinstance(residuals.mean_probs, SymbolicZero):
     # Needs the probabilities before their gradient: XLA computes everything.
     return _reference_backward(scale, value_dim, saved, grads)
   grads = tpu.over_devices(
@@ -119,11 +124,12 @@ _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def sparse_mla_packed(
   query: Float[Array, "B T N C"],
-  packed: layout.PackedLatent,
+  packed: packing.PackedLatent,
   topk_indices: Int32[Array, "B T K"],
   *,
   scale: float,
   value_dim: int,
+  with_mean_probs: bool = True,
   tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
   """Attends to the selected rows of a packed cache, without a copy of it.
@@ -134,7 +140,11 @@ def sparse_mla_packed(
     topk_indices: as in `sparse_mla`.
     scale: factor on the logits.
     value_dim: leading columns of a row that are its value.
-    tiles: None: `default_tiles`.
+    with_mean_probs: False: `mean_probs` of the residuals is None. A second
+      exponential of every logit saved; with 128 heads on v5e a third of all
+      cycles.
+    tiles: None: `default_tiles`; `parts` above 1 only without mean
+      probabilities.
 
   Raises:
     NotImplementedError: a chip, dtype or shape that the kernel can't run.
@@ -147,39 +157,46 @@ def sparse_mla_packed(
       topk_indices,
       scale=scale,
       value_dim=value_dim,
+      with_mean_probs=with_mean_probs,
       tiles=tiles,
     )
 
   return tpu.over_devices(attend, (query, packed.words, topk_indices), _SPLITS)
 
 
-def _attend_packed(query, packed, topk_indices, *, scale, value_dim, tiles):
+def _attend_packed(
+  query, packed, topk_indices, *, scale, value_dim, with_mean_probs, tiles
+):
   """`sparse_mla_packed` on one device."""
-  chip = _check(query, packed.dtype, topk_indices)
+  chip = _check(query, packed.dtype, topk_indices, with_mean_probs)
   batch, num_queries, heads, width = query.shape
   count = topk_indices.shape[-1]
   flat = batch * num_queries
   if tiles is None:
-    tiles = default_tiles(flat, count, chip)
-  row_tiles = layout.row_tiles(packed.width, packed.dtype)
-  num_chunks = -(-count // tiles.chunk)
-  padded_flat = flat + -flat % tiles.cores
+    tiles = default_tiles(flat, count, chip, with_mean_probs)
+  row_tiles = packing.row_tiles(packed.width, packed.dtype)
+  num_chunks = -(-count // (tiles.chunk * tiles.parts))
+  # Parts of as many queries as even out the cores.
+  padded_flat = flat + -flat % max(tiles.cores // tiles.parts, 1)
+  num_parts = padded_flat * tiles.parts
   problem = gather.Problem(
     heads=heads,
     value_dim=value_dim,
     row_tiles=row_tiles,
     num_chunks=num_chunks,
-    steps=padded_flat // tiles.cores * num_chunks,
+    steps=num_parts // tiles.cores * num_chunks,
     tiles=tiles,
     scale=scale,
     dtype=query.dtype,
+    with_mean_probs=with_mean_probs,
   )
   query = jnp.pad(
     query.reshape(flat, heads, width), ((0, padded_flat - flat), (0, 0), (0, 0))
   )
+  padded_count = tiles.parts * num_chunks * tiles.chunk
   selected = jnp.pad(
     topk_indices,
-    ((0, 0), (0, 0), (0, num_chunks * tiles.chunk - count)),
+    ((0, 0), (0, 0), (0, padded_count - count)),
     constant_values=-1,
   )
   rows = _first_rows(selected, packed, row_tiles).reshape(flat, -1)
@@ -190,35 +207,63 @@ def _attend_packed(query, packed, topk_indices, *, scale, value_dim, tiles):
     ((0, padded_flat - flat), (0, 0)),
     constant_values=-1,
   )
-  words = packed.words.reshape(-1, _LANES)
   out, log_sum_exp, mean_probs = kernel.call(
-    problem, query, rows, selected, words
+    problem,
+    query,
+    rows.reshape(num_parts, -1),
+    selected.reshape(num_parts, -1),
+    packed.words.reshape(-1, _LANES),
   )
-  shape = (batch, num_queries)
+  if tiles.parts > 1:
+    out, log_sum_exp = merge.call(out, log_sum_exp, tiles.parts, query.dtype)
+  if with_mean_probs:
+    mean_probs = mean_probs[:flat, 0, :count].reshape(batch, num_queries, count)
+  shape = (batch, num_queries, heads)
   return (
-    out[:flat].reshape(*shape, heads, value_dim),
+    out[:flat].reshape(*shape, value_dim),
     SparseMLAResiduals(
-      log_sum_exp=log_sum_exp[:flat, 0, :heads].reshape(*shape, heads),
-      mean_probs=mean_probs[:flat, 0, :count].reshape(*shape, count),
+      log_sum_exp[:flat, 0, :heads].reshape(shape), mean_probs
     ),
   )
 
 
-def default_tiles(num_queries: int, count: int, chip: tpu.Chip) -> Tiles:
+def default_tiles(
+  num_queries: int, count: int, chip: tpu.Chip, with_mean_probs: bool = False
+) -> Tiles:
   """Tiles for `num_queries` queries of `count` rows on a chip.
 
-  Prefill and decode take the same sizes. Cycles that compared them, 2048 rows
-  and 64 heads on v5e, v6e: a lone query 15.7K, 13.3K in chunks of 512, 17.3K,
-  15.1K of 256, 18.5K, 14.8K of 1024, for nothing overlaps its first and last
-  chunk; one of many 10.0K, 9.1K of 512; 12.1K of 256 on v6e, for a step has a
-  chain of latencies (product, maximum, exponential, product). A chunk starts
-  two steps ahead: the wait for its last rows is then no part of a step.
+  Prefill and decode take the same sizes. Cycles that compared them, eight
+  queries of 2048 rows and 64 heads on v5e, v5p, v6e: 76.4K, 39.8K, 72.0K in
+  chunks of 512 that start three steps ahead; 82.3K, 38.3K, 70.6K two steps
+  ahead, 155K (v5e) one step ahead, for then a step waits for its rows; 45.1K
+  (v5p) of 256, for a step has a chain of latencies (product, maximum,
+  exponential, product). A lone query on v5e, v6e: 16.8K, 14.5K; 17.0K, 14.1K of
+  256, for nothing overlaps its ends.
   """
+  # Mean probabilities need each head's sum over all rows first.
+  if num_queries < chip.num_cores and not with_mean_probs:
+    return _tiles_of_parts(count, chip.num_cores)
   return Tiles(
     chunk=min(512, _round_up(count, _LANES)),
-    buffers=3,
-    ahead=2,
+    buffers=4,
+    ahead=3,
     cores=min(chip.num_cores, num_queries),
+  )
+
+
+def _tiles_of_parts(count, cores):
+  """Tiles for a lone query, whose rows all cores share.
+
+  Of the two cores of v5p, 2048 rows, 64 heads: 8.6K cycles in chunks of 256
+  that start two steps ahead, 9.6K three steps ahead, 9.3K of 512; and 1.8K to
+  merge the parts. One core takes 14.6K.
+  """
+  return Tiles(
+    chunk=min(256, _round_up(-(-count // cores), _LANES)),
+    buffers=4,
+    ahead=2,
+    cores=cores,
+    parts=cores,
   )
 
 
@@ -226,7 +271,7 @@ def _round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-def _check(query, dtype, topk_indices):
+def _check(query, dtype, topk_indices, with_mean_probs):
   """Returns the chip's description."""
   chip = tpu.chip()
   if query.dtype != dtype or dtype not in (jnp.bfloat16, jnp.float32):
@@ -238,8 +283,8 @@ def _check(query, dtype, topk_indices):
   if heads > _LANES:
     raise NotImplementedError(f"needs at most {_LANES} heads: got {heads}")
   count = topk_indices.shape[-1]
-  # The logits of a query stay in VMEM for the residuals.
-  if 4 * heads * count > 1 << 22:
+  # The logits of a query stay in VMEM for the mean probabilities.
+  if with_mean_probs and 4 * heads * count > 1 << 22:
     raise NotImplementedError(
       "keeps 4 MiB of logits a query: got"
       f" {heads} heads x {count} rows x 4 bytes"

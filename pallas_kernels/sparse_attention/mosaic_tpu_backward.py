@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import chunking, tpu
 from pallas_kernels.sparse_attention import mosaic_tpu_backward_kernel as kernel
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
+from pallas_kernels.sparse_attention import packing
 
-_LANES = layout.LANES
+_LANES = packing.LANES
 # Rows of a register of bfloat16: two arrays of heads stand on each other.
 _HEADS = 16
 
@@ -53,7 +53,7 @@ def sparse_mla_backward(
   flat = batch * num_queries
   tiles = tiles or default_tiles(flat, count, tpu.chip())
   num_chunks = -(-count // tiles.chunk)
-  row_tiles = layout.row_tiles(width, query.dtype)
+  row_tiles = packing.row_tiles(width, query.dtype)
   columns = kernel.columns(row_tiles, query.dtype)
   padded_heads = heads + -heads % _HEADS
   # The arrays that are padded to whole tiles are those of a part.
@@ -70,12 +70,13 @@ def sparse_mla_backward(
     scale=scale,
     dtype=query.dtype,
   )
-  # Each place of a chunk has a token of its own for "none", so that no two of
-  # a chunk's copies meet.
-  packed = layout.pack(jnp.pad(kv_latent, ((0, 0), (0, tiles.chunk), (0, 0))))
+  # Each place of two chunks, which may be on their way together, has a token of
+  # its own for "none", so that no two copies meet.
+  nones = 2 * tiles.chunk
+  packed = packing.pack(jnp.pad(kv_latent, ((0, 0), (0, nones), (0, 0))))
   words = packed.words.reshape(-1, _LANES)
   rows_a_batch = packed.words.shape[1]
-  none = num_keys + jnp.arange(num_chunks * tiles.chunk) % tiles.chunk
+  none = num_keys + jnp.arange(num_chunks * tiles.chunk) % nones
 
   def of_part(sums, arrays):
     query, grad_out, out, log_sum_exp, grad_log_sum_exp, selected, batch = (

@@ -3,11 +3,11 @@
 """The kernel of `mosaic_tpu_backward`: rows in, terms of their gradient out.
 
 A TensorCore has no scatter: the sum of a row's gradient stays in HBM, and a
-step copies the sums of its chunk in, adds its terms and copies them back. A
-query's rows are distinct and steps follow each other on one core, each waiting
-for the copies of the one before, so no addition is lost and the order is fixed.
-Each core has sums of its own. The sums come while the step multiplies; what is
-not hidden is the issue of three copies a row.
+step copies the sums of its chunk in, adds its terms and copies them back. The
+rows of one query are distinct, so its chunks follow each other without a wait
+for the copies back, in two buffers in turn; the next query waits for all of
+them. So no addition is lost and the order is fixed. Each core has sums of its
+own. What is not hidden is the issue of three copies a row.
 """
 
 import functools
@@ -21,11 +21,9 @@ from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from pallas_kernels import numerics
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
+from pallas_kernels.sparse_attention import mosaic_tpu_lanes as lanes
 
-_LANES = layout.LANES
-# Copies in one turn of a loop.
-_UNROLL = 32
+_LANES = lanes.LANES
 
 
 def columns(row_tiles: int, dtype: jnp.dtype) -> int:
@@ -82,6 +80,7 @@ def call(
   rows_buffer = pltpu.VMEM(
     (tiles.chunk * problem.row_tiles, _LANES), jnp.uint32
   )
+  sums_buffer = pltpu.VMEM((tiles.chunk * width // _LANES, _LANES), jnp.float32)
   return pl.pallas_call(
     functools.partial(_kernel, problem),
     grid=(tiles.cores, per_core, num_chunks),
@@ -112,8 +111,9 @@ def call(
       [pltpu.SMEM((tiles.chunk,), jnp.int32)] * tiles.buffers,
       pltpu.SemaphoreType.DMA((tiles.buffers,)),
       pltpu.SemaphoreType.DMA((tiles.buffers,)),
-      pltpu.VMEM((tiles.chunk * width // _LANES, _LANES), jnp.float32),
-      pltpu.SemaphoreType.DMA((2,)),
+      [sums_buffer] * tiles.buffers,
+      [pltpu.SemaphoreType.DMA] * tiles.buffers,
+      [pltpu.SemaphoreType.DMA] * tiles.buffers,
       pltpu.VMEM((heads, width), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
@@ -136,72 +136,71 @@ def call(
 
 
 class Sums(NamedTuple):
-  """The copies of a chunk's sums into VMEM and back.
+  """The copies of chunks' sums into VMEM and back, in two slots in turn.
 
   Attributes:
     problem: its sizes.
-    indices_ref: SMEM, the first word row of each selected token.
     hbm_ref: all tokens' sums.
-    buffer: VMEM, the chunk's.
-    semaphores: of loads and of stores.
+    index_buffers: SMEM, the first word row of each selected token, by slot.
+    buffers: VMEM, a chunk's sums, by slot.
+    load_semaphores: by slot.
+    store_semaphores: by slot.
   """
 
   problem: gather.Problem
-  indices_ref: jax.Ref
   hbm_ref: jax.Ref
-  buffer: jax.Ref
-  semaphores: jax.Ref
+  index_buffers: list[jax.Ref]
+  buffers: list[jax.Ref]
+  load_semaphores: list[jax.Ref]
+  store_semaphores: list[jax.Ref]
 
-  def start_loads(self):
+  def start_loads(self, slot):
     """Starts the copies into VMEM."""
-    self._start_all(lambda hbm, vmem: (hbm, vmem, self.semaphores.at[0]))
+    semaphore = self.load_semaphores[slot]
+    self._start_all(slot, lambda hbm, vmem: (hbm, vmem, semaphore))
 
-  def start_stores(self):
+  def start_stores(self, slot):
     """Starts the copies back."""
-    self._start_all(lambda hbm, vmem: (vmem, hbm, self.semaphores.at[1]))
+    semaphore = self.store_semaphores[slot]
+    self._start_all(slot, lambda hbm, vmem: (vmem, hbm, semaphore))
 
-  def wait_stores(self):
+  def wait_loads(self, slot):
+    """Waits for all of a chunk's sums."""
+    self._wait(slot, self.load_semaphores)
+
+  def wait_stores(self, slot):
     """Waits for all copies back."""
-    self._wait(1)
+    self._wait(slot, self.store_semaphores)
 
-  def add(self, terms):
-    """Waits for the sums and adds `terms`, `[chunk, W]`."""
-    self._wait(0)
-    chunk = self.problem.tiles.chunk
+  def add(self, slot, terms):
+    """Adds `terms`, `[chunk, W]`."""
+    buffer, chunk = self.buffers[slot], self.problem.tiles.chunk
     tiles = self._tiles
     for tile in range(tiles):
       place = pl.ds(tile, chunk, stride=tiles)
       part = terms[:, tile * _LANES : (tile + 1) * _LANES]
-      self.buffer[place] = self.buffer[place] + part
+      buffer[place] = buffer[place] + part
 
   @property
   def _tiles(self):
     return columns(self.problem.row_tiles, self.problem.dtype) // _LANES
 
-  def _start_all(self, copy):
+  def _start_all(self, slot, copy):
     tiles = self._tiles
     # Tokens lie as in the words, in rows of so many times the tiles.
     ratio = tiles // self.problem.row_tiles
-    unroll = min(_UNROLL, self.problem.tiles.chunk)
+    for place in range(self.problem.tiles.chunk):
+      row = self.index_buffers[slot][place] * ratio
+      pltpu.make_async_copy(
+        *copy(
+          self.hbm_ref.at[pl.ds(row, tiles)],
+          self.buffers[slot].at[pl.ds(place * tiles, tiles)],
+        )
+      ).start()
 
-    def start(i, _):
-      for j in range(unroll):
-        place = i * unroll + j
-        row = self.indices_ref[place] * ratio
-        pltpu.make_async_copy(
-          *copy(
-            self.hbm_ref.at[pl.ds(row, tiles)],
-            self.buffer.at[pl.ds(place * tiles, tiles)],
-          )
-        ).start()
-      return 0
-
-    jax.lax.fori_loop(0, self.problem.tiles.chunk // unroll, start, 0)
-
-  def _wait(self, semaphore):
-    pltpu.make_async_copy(
-      self.buffer, self.buffer, self.semaphores.at[semaphore]
-    ).wait()
+  def _wait(self, slot, semaphores):
+    buffer = self.buffers[slot]
+    pltpu.make_async_copy(buffer, buffer, semaphores[slot]).wait()
 
 
 def _kernel(
@@ -220,8 +219,9 @@ def _kernel(
   index_buffers,
   row_semaphores,
   index_semaphores,
-  sums_buffer,
-  sum_semaphores,
+  sums_buffers,
+  load_semaphores,
+  store_semaphores,
   acc_ref,
 ):
   """One chunk of one query; the next chunk's rows on their way meanwhile."""
@@ -245,20 +245,22 @@ def _kernel(
   def _():
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
+  sums = Sums(
+    problem,
+    sums_ref.at[pl.program_id(0)],
+    index_buffers,
+    sums_buffers,
+    load_semaphores,
+    store_semaphores,
+  )
+
   def work(slot, is_tail):
-    sums = Sums(
-      problem,
-      index_buffers[slot],
-      sums_ref.at[pl.program_id(0)],
-      sums_buffer,
-      sum_semaphores,
-    )
-
-    @pl.when(step > 0)
+    # A query's first two chunks find both buffers free.
+    @pl.when(chunk_id > 1)
     def _():
-      sums.wait_stores()
+      sums.wait_stores(slot)
 
-    sums.start_loads()
+    sums.start_loads(slot)
     loads.wait_rows(slot)
     if not is_tail:
       loads.wait_indices(slot)
@@ -274,23 +276,28 @@ def _kernel(
       rows,
     )
     acc_ref[...] += grad_query
-    sums.add(terms)
-    sums.start_stores()
+    sums.wait_loads(slot)
+    sums.add(slot, terms)
+    sums.start_stores(slot)
     loads.start_indices(step, slot)
 
-    @pl.when(step == problem.steps - 1)
+    # The next query may have rows of this one.
+    @pl.when(chunk_id == problem.num_chunks - 1)
     def _():
-      sums.wait_stores()
+      if problem.num_chunks > 1:
+        sums.wait_stores(1 - slot)
+      sums.wait_stores(slot)
 
   slots, steps = problem.tiles.buffers, problem.steps
+  slot_of_step = gather.slot_of(step, problem.tiles)
   tail = max(steps - problem.tiles.ahead, 0)
   for slot in range(slots):
 
-    @pl.when((step < tail) & (jax.lax.rem(step, slots) == slot))
+    @pl.when((step < tail) & (slot_of_step == slot))
     def _(slot=slot):
       work(slot, is_tail=False)
 
-    @pl.when((step >= tail) & (jax.lax.rem(step, slots) == slot))
+    @pl.when((step >= tail) & (slot_of_step == slot))
     def _(slot=slot):
       work(slot, is_tail=True)
 
@@ -310,28 +317,20 @@ def _terms(problem, query, grad_out, log_sum_exp, delta, selected, rows):
     preferred_element_type=jnp.float32,
     precision=numerics.precision(problem.dtype),
   )
-  over_columns = (((1,), (1,)), ((), ()))
-  logits = dot(query, rows, over_columns)
-  exponents = problem.scale * logits - _column(log_sum_exp, problem.heads)
+  # A row is a key and a value, so queries and gradients go through the matrix
+  # units together.
+  both = jnp.concatenate([query, grad_out])
+  products = dot(both, rows, (((1,), (1,)), ((), ())))
+  # `grad_out` is zero behind its values.
+  logits, grad_probs = jnp.split(products, 2)
+  log_sum_exp, delta = (
+    lanes.to_sublanes(x, problem.heads) for x in (log_sum_exp, delta)
+  )
+  exponents = problem.scale * logits - log_sum_exp
   probs = jnp.where(selected >= 0, jnp.exp(exponents), 0.0)
-  # `grad_out` is zero behind its values, and so are these products.
-  grad_probs = dot(grad_out, rows, over_columns)
-  grad_logits = grad_probs - _column(delta, problem.heads)
-  grad_logits = problem.scale * probs * grad_logits
+  grad_logits = problem.scale * probs * (grad_probs - delta)
   probs, grad_logits = (x.astype(problem.dtype) for x in (probs, grad_logits))
-  # One product of twice the depth: a row is a key and a value.
   terms = dot(
-    jnp.concatenate([grad_logits, probs]),
-    jnp.concatenate([query, grad_out]),
-    (((0,), (0,)), ((), ())),
+    jnp.concatenate([grad_logits, probs]), both, (((0,), (0,)), ((), ()))
   )
   return terms, dot(grad_logits, rows, (((1,), (0,)), ((), ())))
-
-
-def _column(row, heads):
-  """`[1, 128]`, by lane, as `[heads, 1]`."""
-  shape = (heads, _LANES)
-  is_diagonal = jax.lax.broadcasted_iota(
-    jnp.int32, shape, 0
-  ) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  return jnp.sum(jnp.where(is_diagonal, row, 0.0), axis=1, keepdims=True)

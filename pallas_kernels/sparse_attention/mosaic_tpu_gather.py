@@ -18,33 +18,64 @@ class Tiles(NamedTuple):
 
   Attributes:
     chunk: selected rows a grid step, a multiple of 128.
-    buffers: chunks in VMEM, and chunks of row numbers in SMEM.
+    buffers: chunks in VMEM, and chunks of row numbers in SMEM; a power of two.
     ahead: steps between the start of a chunk's copies and its use, 1 to
       `buffers - 1`; its numbers set out `buffers - ahead` steps before that.
     cores: TensorCores that share the queries.
+    parts: of the rows of each query, attended to apart.
   """
 
   chunk: int
   buffers: int
   ahead: int
   cores: int
+  parts: int = 1
 
 
 class Problem(NamedTuple):
-  """Static facts of one kernel."""
+  """Static facts of one kernel.
+
+  Attributes:
+    heads: rows of a query.
+    value_dim: leading columns of a row that are its value.
+    row_tiles: rows of 128 words of a token.
+    num_chunks: of one part of a query.
+    steps: of one core.
+    tiles: sizes.
+    scale: factor on the logits.
+    dtype: of queries and rows.
+    with_mean_probs: whether the forward kernel returns them.
+  """
 
   heads: int
   value_dim: int
   row_tiles: int
   num_chunks: int
-  steps: int  # of one core
+  steps: int
   tiles: Tiles
   scale: float
   dtype: jnp.dtype
+  with_mean_probs: bool = False
+
+
+def slot_of(step: jax.Array, tiles: Tiles) -> jax.Array:
+  """The buffer of a step: `step % tiles.buffers`.
+
+  By a mask: of a remainder the compiler's static profiler takes each step's to
+  be 0, and then counts no wait for a copy, or ends where one was never started.
+
+  Raises:
+    ValueError: `buffers` is no power of two.
+  """
+  if tiles.buffers & (tiles.buffers - 1):
+    raise ValueError(
+      f"`buffers` must be a power of two: got buffers={tiles.buffers}."
+    )
+  return step & (tiles.buffers - 1)
 
 
 class Loads(NamedTuple):
-  """The copies in flight; the buffer of step s is `s % buffers`."""
+  """The copies in flight; the buffer of step s is `slot_of(s, tiles)`."""
 
   problem: Problem
   rows_ref: jax.Ref

@@ -22,44 +22,57 @@ from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from pallas_kernels import numerics
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
+from pallas_kernels.sparse_attention import mosaic_tpu_lanes as lanes
 
-_LANES = layout.LANES
+_LANES = lanes.LANES
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
 def call(
   problem: gather.Problem,
   query: Float[Array, "Q N C"],
-  rows: Int32[Array, "Q K"],
-  selected: Int32[Array, "Q K"],
+  rows: Int32[Array, "P K"],
+  selected: Int32[Array, "P K"],
   words: UInt32[Array, "R 128"],
 ) -> tuple[
-  Float[Array, "Q N {problem.value_dim}"],
-  Float32[Array, "Q 1 128"],
-  Float32[Array, "Q 1 K"],
+  Float[Array, "P N {problem.value_dim}"],
+  Float32[Array, "P 1 128"],
+  Float32[Array, "P 1 K"] | None,
 ]:
   """Runs the kernel on padded arrays.
 
   Args:
     problem: their sizes and the tiles.
     query: all batches' queries.
-    rows: the first row of `words` of each selected token, any for none.
+    rows: the first row of `words` of each selected token, any for none; P is
+      Q times the parts of a query, which are neighbours.
     selected: below 0 for none.
     words: all batches' packed caches.
 
   Returns:
-    Output, log-sum-exp by head (lane), probabilities averaged over heads.
+    Of each part: output, in float32 if there are several; log-sum-exp by head
+    (lane); probabilities averaged over heads, if asked for.
   """
   tiles, num_chunks = problem.tiles, problem.num_chunks
-  flat, heads, width = query.shape
-  per_core = flat // tiles.cores
+  num_parts, heads, width = rows.shape[0], *query.shape[1:]
+  per_core = num_parts // tiles.cores
+  out_dtype = query.dtype if tiles.parts == 1 else jnp.float32
+
+  def of_part(core, i, c):
+    return core * per_core + i, 0, 0
 
   def of_query(core, i, c):
-    return core * per_core + i, 0, 0
+    return (core * per_core + i) // tiles.parts, 0, 0
 
   buffer = pltpu.VMEM((tiles.chunk * problem.row_tiles, _LANES), jnp.uint32)
   index_buffer = pltpu.SMEM((tiles.chunk,), jnp.int32)
+  # The last result and the logits that it takes; None: there is neither.
+  probs_spec = probs_shape = logits = None
+  if problem.with_mean_probs:
+    columns = num_chunks * tiles.chunk
+    probs_spec = pl.BlockSpec((1, 1, columns), of_part)
+    probs_shape = jax.ShapeDtypeStruct((num_parts, 1, columns), jnp.float32)
+    logits = pltpu.VMEM((num_chunks, heads, tiles.chunk), jnp.float32)
   return pl.pallas_call(
     functools.partial(_kernel, problem),
     grid=(tiles.cores, per_core, num_chunks),
@@ -73,14 +86,14 @@ def call(
       pl.BlockSpec(memory_space=pltpu.HBM),
     ],
     out_specs=[
-      pl.BlockSpec((1, heads, problem.value_dim), of_query),
-      pl.BlockSpec((1, 1, _LANES), of_query),
-      pl.BlockSpec((1, 1, num_chunks * tiles.chunk), of_query),
+      pl.BlockSpec((1, heads, problem.value_dim), of_part),
+      pl.BlockSpec((1, 1, _LANES), of_part),
+      probs_spec,
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((flat, heads, problem.value_dim), query.dtype),
-      jax.ShapeDtypeStruct((flat, 1, _LANES), jnp.float32),
-      jax.ShapeDtypeStruct((flat, 1, num_chunks * tiles.chunk), jnp.float32),
+      jax.ShapeDtypeStruct((num_parts, heads, problem.value_dim), out_dtype),
+      jax.ShapeDtypeStruct((num_parts, 1, _LANES), jnp.float32),
+      probs_shape,
     ],
     scratch_shapes=[
       [buffer] * tiles.buffers,
@@ -90,7 +103,7 @@ def call(
       pltpu.VMEM((heads, _LANES), jnp.float32),
       pltpu.VMEM((heads, _LANES), jnp.float32),
       pltpu.VMEM((heads, problem.value_dim), jnp.float32),
-      pltpu.VMEM((num_chunks, heads, tiles.chunk), jnp.float32),
+      logits,
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -125,7 +138,7 @@ def _kernel(
   acc_ref,
   logits_ref,
 ):
-  """One chunk of one query; the next chunk's rows on their way meanwhile."""
+  """One chunk of one part; the next chunk's rows on their way meanwhile."""
   chunk_id = pl.program_id(2)
   step = pl.program_id(1) * problem.num_chunks + chunk_id
   loads = gather.Loads(
@@ -159,30 +172,29 @@ def _kernel(
       loads.start_rows(slot)
     rows = gather.unpack(problem, buffers[slot])
     logits = _score(problem, query_ref[0], rows, selected_ref[0])
-    logits_ref[chunk_id] = logits
+    if logits_ref is not None:
+      logits_ref[chunk_id] = logits
     _accumulate(problem, logits, rows, *online)
 
   # The slot is static in each branch; the last steps of a core load nothing.
   slots, steps = problem.tiles.buffers, problem.steps
+  slot_of_step = gather.slot_of(step, problem.tiles)
   tail = max(steps - problem.tiles.ahead, 0)
   for slot in range(slots):
 
-    @pl.when((step < tail) & (jax.lax.rem(step, slots) == slot))
+    @pl.when((step < tail) & (slot_of_step == slot))
     def _(slot=slot):
       attend(slot, is_tail=False)
 
-    @pl.when((step >= tail) & (jax.lax.rem(step, slots) == slot))
+    @pl.when((step >= tail) & (slot_of_step == slot))
     def _(slot=slot):
       attend(slot, is_tail=True)
 
   @pl.when(chunk_id == problem.num_chunks - 1)
   def _():
-    _store(
-      problem,
-      online,
-      logits_ref,
-      (out_ref, log_sum_exp_ref, mean_probs_ref),
-    )
+    _store(online, out_ref, log_sum_exp_ref)
+    if mean_probs_ref is not None:
+      _store_mean_probs(problem, online, logits_ref, mean_probs_ref)
 
 
 def _score(problem, query, rows, selected):
@@ -214,30 +226,31 @@ def _accumulate(problem, logits, rows, max_ref, sum_ref, acc_ref):
   )
 
 
-def _store(problem, online, logits_ref, out_refs):
-  """Writes a query's output and residuals."""
+def _store(online, out_ref, log_sum_exp_ref):
+  """Writes a part's output and log-sum-exp."""
   max_ref, sum_ref, acc_ref = online
-  out_ref, log_sum_exp_ref, mean_probs_ref = out_refs
-  top, total = max_ref[...], sum_ref[...]
-  # No row selected: sum 0, every weight 0, output 0.
-  inverse = jnp.where(total > 0, 1 / total, 0.0)
-  out_ref[0] = (acc_ref[...] * inverse[:, :1]).astype(out_ref.dtype)
-  log_sum_exp = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
-  # Heads from sublanes to lanes: the diagonal of a matrix equal in all lanes.
-  shape = log_sum_exp.shape
-  is_diagonal = jax.lax.broadcasted_iota(
-    jnp.int32, shape, 0
-  ) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  log_sum_exp_ref[0] = jnp.sum(
-    jnp.where(is_diagonal, log_sum_exp, 0.0), axis=0, keepdims=True
-  )
+  total = sum_ref[...]
+  out_ref[0] = (acc_ref[...] * _inverse(total)).astype(out_ref.dtype)
+  log_sum_exp = jnp.where(total == 0, -jnp.inf, max_ref[...] + jnp.log(total))
+  log_sum_exp_ref[0] = lanes.to_lanes(log_sum_exp)
+
+
+def _store_mean_probs(problem, online, logits_ref, mean_probs_ref):
+  """Writes the probabilities of a query's rows, averaged over its heads."""
+  max_ref, sum_ref, _ = online
+  top, inverse = max_ref[:, :1], _inverse(sum_ref[...])
   heads, chunk = problem.heads, problem.tiles.chunk
 
   # A loop, where unrolled all is faster by 3 %: the profiler of 7x's schedule
   # then overflows its queue of exponentials and gives no figure.
   @pl.loop(0, problem.num_chunks, unroll=2 - problem.num_chunks % 2)
   def _(c):
-    probs = jnp.exp(logits_ref[c] - top[:, :1]) * inverse[:, :1]
+    probs = jnp.exp(logits_ref[c] - top) * inverse
     mean_probs_ref[0, :, pl.ds(c * chunk, chunk)] = (
       jnp.sum(probs, axis=0, keepdims=True) / heads
     )
+
+
+def _inverse(total):
+  """`[heads, 1]` of a sum in all lanes; no row selected: sum 0, output 0."""
+  return jnp.where(total == 0, 0.0, 1 / total)[:, :1]

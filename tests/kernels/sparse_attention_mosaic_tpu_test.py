@@ -17,17 +17,17 @@ from pallas_kernels.sparse_attention import (
   mosaic_tpu,
   mosaic_tpu_backward,
   mosaic_tpu_backward_kernel,
-  mosaic_tpu_packed,
+  mosaic_tpu_merge,
+  packing,
   reference,
   shapes,
 )
 from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
 from tests import tolerances
 from tests.kernels import interpreters, loops, sparse_attention_test
 
 # A tenth of a second where a chunk of 128 takes seconds to unroll and walk.
-_TILES = mosaic_tpu.Tiles(chunk=8, buffers=3, ahead=2, cores=1)
+_TILES = mosaic_tpu.Tiles(chunk=8, buffers=4, ahead=3, cores=1)
 _BACKWARD_TILES = mosaic_tpu.Tiles(chunk=8, buffers=2, ahead=1, cores=1)
 # Three chunks a query, the last of them half full.
 _SHAPE = shapes.Shape(1, 3, 40, 3, 24, 16, 20)
@@ -57,12 +57,16 @@ def inputs(shape, dtype=jnp.float32):
   return query, latent, jnp.asarray(indices)
 
 
-def attend(args, tiles=None):
+def attend(args, tiles=None, with_mean_probs=True):
   query, latent, indices = args
-  packed = layout.pack(latent)
+  packed = packing.pack(latent)
   return jax.jit(
     lambda *args: mosaic_tpu.sparse_mla_packed(
-      *args, scale=0.3, value_dim=16, tiles=tiles
+      *args,
+      scale=0.3,
+      value_dim=16,
+      tiles=tiles,
+      with_mean_probs=with_mean_probs,
     ),
     compiler_options=interpreters.COMPILER_OPTIONS,
   )(query, packed, indices)
@@ -87,12 +91,15 @@ class KernelTest(parameterized.TestCase):
       **tolerances.tolerance(dtype, 4 if dtype == jnp.bfloat16 else 44),
     )
     for actual, want in zip(residuals, expected[1:], strict=True):
-      np.testing.assert_allclose(
-        actual, want, **tolerances.tolerance("float32", 44)
-      )
+      if actual is not None:
+        np.testing.assert_allclose(
+          actual, want, **tolerances.tolerance("float32", 44)
+        )
 
   @parameterized.product(
-    mode=tuple(interpreters.MODES), dtype=("float32", "bfloat16"), ahead=(1, 2)
+    mode=tuple(interpreters.MODES),
+    dtype=("float32", "bfloat16"),
+    ahead=(1, 2, 3),
   )
   def test_interpreted_in_three_ways(self, mode, dtype, ahead):
     setup(self, mode)
@@ -103,7 +110,7 @@ class KernelTest(parameterized.TestCase):
   def test_any_number_of_steps(self, num_queries):
     setup(self)
     args = inputs(shapes.Shape(1, num_queries, 40, 3, 24, 16, 8), "bfloat16")
-    self.assert_right(args, attend(args, _TILES._replace(buffers=4, ahead=3)))
+    self.assert_right(args, attend(args, _TILES._replace(buffers=2, ahead=1)))
 
   @parameterized.parameters(20, 128)
   def test_heads_of_real_models_and_whole_tiles(self, heads):
@@ -116,6 +123,53 @@ class KernelTest(parameterized.TestCase):
     setup(self)
     args = inputs(_SHAPE, "bfloat16")
     self.assert_right(args, attend(args, _TILES._replace(cores=2)))
+
+  def test_without_mean_probabilities_the_rest_is_the_same(self):
+    setup(self)
+    args = inputs(_SHAPE, "bfloat16")
+    out, residuals = attend(args)
+    alone, log_sum_exp_alone = attend(args, with_mean_probs=False)
+    self.assertIsNone(log_sum_exp_alone.mean_probs)
+    np.testing.assert_array_equal(alone, out)
+    np.testing.assert_array_equal(
+      log_sum_exp_alone.log_sum_exp, residuals.log_sum_exp
+    )
+
+  @parameterized.product(
+    mode=tuple(interpreters.MODES), dtype=("float32", "bfloat16")
+  )
+  def test_parts_of_a_querys_rows(self, mode, dtype):
+    """Of 20, 15, 10, 5 and 0 rows among 20 places, in parts of 16."""
+    setup(self, mode)
+    args = inputs(_SHAPE._replace(num_queries=5), dtype)
+    # All rows of one query in the first part, of another in the second.
+    indices = np.array(args[2])
+    indices[0, 1:3] = -1
+    indices[0, 1, :16], indices[0, 2, 16:] = np.arange(16), np.arange(4)
+    args = (*args[:2], jnp.asarray(indices))
+    tiles = _TILES._replace(cores=2, parts=2)
+    self.assert_right(args, attend(args, tiles, with_mean_probs=False))
+
+  def test_parts_are_the_same_in_every_run(self):
+    setup(self)
+    args = inputs(_SHAPE._replace(num_queries=1), "bfloat16")
+    tiles = _TILES._replace(cores=2, parts=2)
+    runs = [attend(args, tiles, with_mean_probs=False) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+  def test_a_merge_that_forgets_the_weights_is_caught(self):
+    setup(self)
+    args = inputs(_SHAPE, "float32")
+    call = mosaic_tpu_merge.call
+
+    def unweighted(out, log_sum_exp, parts, dtype):
+      return call(out, jnp.zeros_like(log_sum_exp), parts, dtype)
+
+    tiles = _TILES._replace(cores=2, parts=2)
+    with mock.patch.object(mosaic_tpu_merge, "call", unweighted):
+      actual = attend(args, tiles, with_mean_probs=False)
+    with self.assertRaisesRegex(AssertionError, "Not equal to tolerance"):
+      self.assert_right(args, actual)
 
   def test_an_index_past_the_end_reads_the_last_row(self):
     setup(self)
@@ -169,6 +223,19 @@ class KernelTest(parameterized.TestCase):
     many = jnp.zeros((1, 3, 1 << 20), jnp.int32)
     with self.assertRaisesRegex(NotImplementedError, "3 heads x 1048576 rows"):
       attend((query, latent, many))
+    with self.assertRaisesRegex(ValueError, "power of two: got buffers=3"):
+      attend((query, latent, indices), _TILES._replace(buffers=3))
+
+  def test_tiles_by_chip(self):
+    one, two = (tpu.Chip("", 64 << 20, cores, False) for cores in (1, 2))
+    tiles = mosaic_tpu.default_tiles
+    self.assertEqual(tiles(4096, 2048, two).cores, 2)
+    self.assertEqual(tiles(8, 2048, one).chunk, 512)
+    self.assertEqual(tiles(8, 9, one).chunk, 128)
+    # A lone query's rows are shared, but for mean probabilities.
+    self.assertEqual(tiles(1, 2048, two)[-2:], (2, 2))
+    self.assertEqual(tiles(1, 2048, two, with_mean_probs=True)[-2:], (1, 1))
+    self.assertEqual(tiles(1, 2048, one)[-2:], (1, 1))
 
 
 class BackwardTest(parameterized.TestCase):
@@ -266,17 +333,19 @@ class BackwardTest(parameterized.TestCase):
   def test_a_seeded_fault_is_caught(self, mode, fault):
     """No wait for the sums' loads, or stores; all in the first one's place."""
     sums = mosaic_tpu_backward_kernel.Sums
-    wait, start_all = sums._wait, sums._start_all
+    start_all = sums._start_all
 
-    def to_first_place(self, copy):
+    def to_first_place(self, slot, copy):
+      buffer = self.buffers[slot]
       start_all(
         self,
-        lambda hbm, vmem: copy(hbm, self.buffer.at[pl.ds(0, hbm.shape[0])]),
+        slot,
+        lambda hbm, vmem: copy(hbm, buffer.at[pl.ds(0, hbm.shape[0])]),
       )
 
     seeded = {
-      "load_wait": ("_wait", lambda self, n: wait(self, n) if n else None),
-      "store_wait": ("wait_stores", lambda self: None),
+      "load_wait": ("wait_loads", lambda *_: None),
+      "store_wait": ("wait_stores", lambda *_: None),
       "wrong_row": ("_start_all", to_first_place),
     }[fault]
     arguments, expected = self.inputs(_SHAPE, "float32")
@@ -293,89 +362,29 @@ class BackwardTest(parameterized.TestCase):
 
 
 class PackedTest(parameterized.TestCase):
-  def attend(self, implementation, packed=None):
+  @parameterized.parameters(False, True)
+  def test_numbers_are_those_of_plain_rows(self, return_residuals):
     query, latent, indices = inputs(_SHAPE, "bfloat16")
-    return mosaic_tpu_packed.sparse_mla_packed(
+    setup(self)
+    result = pallas_kernels.sparse_mla_packed(
       query,
-      packed or layout.pack(latent),
+      packing.pack(latent),
       indices,
       scale=0.3,
       value_dim=16,
-      return_residuals=True,
-      implementation=implementation,
+      return_residuals=return_residuals,
+      implementation="mosaic_tpu",
     )
-
-  def test_both_implementations_are_those_of_plain_rows(self):
-    expected = loops.sparse_mla(*inputs(_SHAPE, "bfloat16"), 0.3, 16)
-    bound = tolerances.tolerance("bfloat16", 4)
-    out, _ = self.attend(None)
-    np.testing.assert_allclose(np.float32(out), expected[0], **bound)
-    setup(self)
-    out, residuals = self.attend("mosaic_tpu")
-    np.testing.assert_allclose(np.float32(out), expected[0], **bound)
-    self.assertEqual(residuals.mean_probs.shape, (1, 3, 20))
-
-  def test_a_cache_of_another_width_or_dtype(self):
-    for width, dtype in ((25, jnp.bfloat16), (24, jnp.float32)):
-      with self.assertRaisesRegex(ValueError, f"width {width}, {dtype.dtype}"):
-        self.attend("xla", layout.empty(1, 40, width, jnp.dtype(dtype)))
-
-  def test_packs_where_the_kernel_will_run(self):
-    is_preferred = mosaic_tpu_packed.is_preferred
-    # No TPU here.
-    self.assertFalse(is_preferred(jnp.bfloat16, None))
-    self.assertFalse(is_preferred(jnp.bfloat16, "mosaic_tpu"))
-    self.enter_context(interpreters.chip())
-    self.assertTrue(is_preferred(jnp.bfloat16, "mosaic_tpu"))
-    self.assertFalse(is_preferred(jnp.bfloat16, "xla"))
-    self.assertFalse(is_preferred(jnp.float16, "mosaic_tpu"))
-    self.enter_context(
-      mock.patch.object(jax, "default_backend", return_value="tpu")
+    expected = loops.sparse_mla(query, latent, indices, 0.3, 16)
+    out = result[0] if return_residuals else result
+    np.testing.assert_allclose(
+      np.float32(out), expected[0], **tolerances.tolerance("bfloat16", 4)
     )
-    self.assertTrue(is_preferred(jnp.float32, None))
-
-
-class LayoutTest(parameterized.TestCase):
-  @parameterized.product(
-    width=(24, 128, 300, 576), dtype=("float32", "bfloat16")
-  )
-  def test_unpack_inverts_pack(self, width, dtype):
-    rng = np.random.default_rng(0)
-    latent = jnp.asarray(rng.normal(size=(2, 5, width)), dtype)
-    packed = layout.pack(latent)
-    np.testing.assert_array_equal(layout.unpack(packed), latent)
-    self.assertEqual(packed.words.shape[1] % 8, 0)
-    tiles = layout.row_tiles(width, dtype)
-    self.assertEqual(
-      layout.padding_bytes(width, dtype),
-      512 * tiles - width * jnp.dtype(dtype).itemsize,
-    )
-    np.testing.assert_array_equal(
-      packed.words[:, 2 * tiles : 4 * tiles], layout.pack_rows(latent[:, 2:4])
-    )
-    np.testing.assert_array_equal(packed.words[:, 5 * tiles :], 0)
-
-  @parameterized.parameters("float32", "bfloat16")
-  def test_write_puts_tokens_at_their_places(self, dtype):
-    rng = np.random.default_rng(0)
-    latent = jnp.asarray(rng.normal(size=(2, 5, 300)), dtype)
-    positions = jnp.asarray([[0, 3], [4, 5]])
-    packed = layout.write(
-      layout.empty(2, 5, 300, latent.dtype), latent[:, :2], positions
-    )
-    expected = np.zeros(latent.shape, np.float32)
-    expected[0, [0, 3]] = latent[0, :2]
-    expected[1, 4] = latent[1, 0]  # Place 5 is beyond the last.
-    np.testing.assert_array_equal(np.float32(layout.unpack(packed)), expected)
-    tiles = layout.row_tiles(300, dtype)
-    np.testing.assert_array_equal(packed.words[:, 5 * tiles :], 0)
-
-  def test_tiles_by_chip(self):
-    one, two = (tpu.Chip("", 64 << 20, cores, False) for cores in (1, 2))
-    self.assertEqual(mosaic_tpu.default_tiles(4096, 2048, two).cores, 2)
-    self.assertEqual(mosaic_tpu.default_tiles(1, 2048, two).cores, 1)
-    self.assertEqual(mosaic_tpu.default_tiles(8, 2048, one).chunk, 512)
-    self.assertEqual(mosaic_tpu.default_tiles(8, 9, one).chunk, 128)
+    if return_residuals:
+      for actual, want in zip(result[1], expected[1:], strict=True):
+        np.testing.assert_allclose(
+          actual, want, **tolerances.tolerance("float32", 44)
+        )
 
 
 if __name__ == "__main__":

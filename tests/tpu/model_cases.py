@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from indexcache_jax import cache as cache_lib
 from indexcache_jax import model as model_lib
 from indexcache_jax import presets, sharding
-from pallas_kernels.sparse_attention import mosaic_tpu_packed
+from pallas_kernels import packing
 from tests.tpu.cases import Case
 
 _KERNELS = ("indexer_scores", "top_k", "sparse_mla")
@@ -54,7 +54,7 @@ def _forward(name, config, batch, length, num_chips):
 
 def _decode(name, config, batch, capacity, num_chips):
   model, params = _model(config)
-  with mock.patch.object(mosaic_tpu_packed, "is_preferred", return_value=True):
+  with mock.patch.object(packing, "is_preferred", return_value=True):
     cache = jax.eval_shape(
       lambda: cache_lib.init_cache(config, batch, capacity)
     )

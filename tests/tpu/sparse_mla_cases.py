@@ -3,17 +3,24 @@
 """`sparse_mla` of DeepSeek-V3.2, GLM-5 and GLM-4.7-Flash, packed caches."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
+from pallas_kernels import tpu
 from pallas_kernels.sparse_attention import (
   mosaic_tpu,
   mosaic_tpu_backward,
+  packing,
   shapes,
 )
-from pallas_kernels.sparse_attention import mosaic_tpu_layout as layout
+from pallas_kernels.sparse_attention import (
+  mosaic_tpu_backward_kernel as backward_kernel,
+)
+from pallas_kernels.sparse_attention import mosaic_tpu_gather as gather
 from tests.tpu.cases import Case
 
 _HEADS = {"deepseek_v32": 128, "glm_5": 64, "glm_47_flash": 20}
@@ -33,6 +40,7 @@ _INDEX_COPIES = 3
 def cases() -> list[Case]:
   """Every model, phase and length; few queries of each, to be costed."""
   found = []
+  glm = shapes.SHAPES["glm_5_prefill_32k"]
   for model, heads in _HEADS.items():
     for length, keys in _KEYS.items():
       for phase, (batch, queries) in {
@@ -47,13 +55,16 @@ def cases() -> list[Case]:
       "decode_of_1": (1, 1),
     }.items():
       shape = shapes.Shape(batch, queries, 131072, heads, 576, 512, 2048)
-      # The grid is `decode_of_8`'s; 7x's profiler gives this one no figure.
-      if (model, phase) != ("glm_47_flash", "prefill_of_8"):
-        found.append(_packed(f"{model}_{phase}", shape, cost=True))
+      found.append(_packed(f"{model}_{phase}", shape, cost=True))
+    # What distillation asks for.
+    shape = shapes.Shape(1, 8, 131072, heads, 576, 512, 2048)
+    name = f"{model}_mean_probs_of_8"
+    found.append(_packed(name, shape, cost=True, with_mean_probs=True))
+    shape = glm._replace(heads=heads, num_queries=4)
+    found.append(_backward_kernel(f"{model}_backward_of_4", shape))
   tiny = shapes.SHAPES["tiny"]
   found.append(_packed("tiny", tiny))
   found.append(_packed("tiny_float32", tiny, jnp.float32))
-  glm = shapes.SHAPES["glm_5_prefill_32k"]
   short = glm._replace(num_queries=_PREFILL_QUERIES["128k"], num_keys=131072)
   found.append(_packed("glm_5_float32", short, jnp.float32))
   found.append(_plain("glm_5_packed_each_call", glm))
@@ -76,14 +87,30 @@ def _arguments(shape, dtype):
   )
 
 
-def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
+def _without_semaphore_checks(function):
+  """For the profiler: in what the kernel does at its end, that of 7x overflows.
+
+  There the kernel reads every semaphore, and stops the chip if one is not zero.
+  """
+
+  def unchecked(*args):
+    params = functools.partial(
+      pltpu.CompilerParams, disable_semaphore_checks=True
+    )
+    with mock.patch.object(pltpu, "CompilerParams", params):
+      return function(*args)
+
+  return unchecked
+
+
+def _packed(name, shape, dtype=jnp.bfloat16, cost=False, with_mean_probs=False):
   query, latent, indices = _arguments(shape, dtype)
-  packed = jax.eval_shape(layout.pack, latent)
+  packed = jax.eval_shape(packing.pack, latent)
 
   def function(query, words, indices):
     return mosaic_tpu.sparse_mla_packed(
       query,
-      layout.PackedLatent(
+      packing.PackedLatent(
         words=words,
         num_keys=packed.num_keys,
         width=packed.width,
@@ -92,6 +119,7 @@ def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
       indices,
       scale=_SCALE,
       value_dim=shape.value_dim,
+      with_mean_probs=with_mean_probs,
     )
 
   queries = shape.batch * shape.num_queries
@@ -100,7 +128,7 @@ def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
   return Case(
     op="sparse_mla",
     name=name,
-    function=function,
+    function=_without_semaphore_checks(function) if cost else function,
     arguments=[query, packed.words, indices],
     temp_bytes=_temp_bytes(shape, query.dtype.itemsize),
     cache=packed.words,
@@ -111,7 +139,11 @@ def _packed(name, shape, dtype=jnp.bfloat16, cost=False):
     + queries * shape.heads * (width + shape.value_dim) * 2,
     mxu_flops=2 * rows * shape.heads * (width + shape.value_dim),
     issue_cycles=round(rows * _BUNDLES_A_ROW),
-    note="nothing to overlap the ends with" if "decode_of_1" in name else "",
+    note="with mean probabilities"
+    if with_mean_probs
+    else "nothing to overlap the ends with"
+    if "decode_of_1" in name
+    else "",
   )
 
 
@@ -141,7 +173,7 @@ def _plain(name, shape):
 
 
 def _backward(name, shape, dtype=jnp.bfloat16):
-  """Not costed: the profiler ends in its model of the matrix units' queue."""
+  """A whole call; `_backward_kernel` is costed."""
   query, latent, indices = _arguments(shape, dtype)
   per_query = query.shape[:3]
   out = jax.ShapeDtypeStruct((*per_query, shape.value_dim), dtype)
@@ -162,4 +194,59 @@ def _backward(name, shape, dtype=jnp.bfloat16):
     temp_bytes=tokens * width * (2 * 6 + 2 * itemsize) + copies + (10 << 27),
     subset=name == "tiny_backward",
     kernels=("sparse_mla_backward",),
+  )
+
+
+def _backward_kernel(name, shape):
+  """The kernel alone: what a call does once is small beside many queries."""
+  queries, count = shape.num_queries, shape.k
+  dtype = jnp.dtype(jnp.bfloat16)
+  row_tiles = packing.row_tiles(shape.latent_dim, dtype)
+  columns = backward_kernel.columns(row_tiles, dtype)
+  heads = -(-shape.heads // 16) * 16
+  struct = jax.ShapeDtypeStruct
+  num_words = packing.num_rows(shape.num_keys + 512, shape.latent_dim, dtype)
+
+  def function(*arrays):
+    tiles = mosaic_tpu_backward.default_tiles(queries, count, tpu.chip())
+    num_chunks = count // tiles.chunk
+    problem = gather.Problem(
+      heads=heads,
+      value_dim=shape.value_dim,
+      row_tiles=row_tiles,
+      num_chunks=num_chunks,
+      steps=queries // tiles.cores * num_chunks,
+      tiles=tiles,
+      scale=_SCALE,
+      dtype=dtype,
+    )
+    *arrays, sums = arrays
+    return backward_kernel.call(
+      problem, *arrays, sums.reshape(tiles.cores, -1, 128)
+    )
+
+  rows = queries * count
+  width, value_dim = shape.latent_dim, shape.value_dim
+  array = struct((queries, heads, columns), dtype)
+  by_head = struct((queries, 1, 128), jnp.float32)
+  indices = struct((queries, count), jnp.int32)
+  return Case(
+    op="sparse_mla",
+    name=name,
+    function=_without_semaphore_checks(function),
+    arguments=(
+      *(array, array, by_head, by_head, indices, indices),
+      struct((num_words, 128), jnp.uint32),
+      # Of as many cores as there may be.
+      struct((2, 2 * num_words, 128), jnp.float32),
+    ),
+    donated=(7,),
+    cost=True,
+    kernels=("sparse_mla_backward",),
+    # A row, and its sum in and out in float32.
+    hbm_bytes=rows * (width * (2 + 4 + 4) + 4)
+    + queries * shape.heads * (2 * width + value_dim) * 2,
+    mxu_flops=2 * rows * shape.heads * (3 * width + 2 * value_dim),
+    issue_cycles=round(3 * rows * _BUNDLES_A_ROW),
+    note="the kernel alone",
   )
