@@ -15,7 +15,6 @@ from indexcache_jax import config as config_lib
 from indexcache_jax import dense_mla, linear, norms, rope, types
 from indexcache_jax import indexer as indexer_lib
 from pallas_kernels import numerics
-from pallas_kernels.sparse_attention import api as mosaic_tpu_packed
 
 AttentionKind = Literal["sparse", "dense"]
 
@@ -29,7 +28,7 @@ sparse_mla = jax.jit(
   static_argnames=("scale", "value_dim", "implementation"),
 )
 sparse_mla_packed = jax.jit(
-  mosaic_tpu_packed.sparse_mla_packed,
+  pallas_kernels.sparse_mla_packed,
   static_argnames=("scale", "value_dim", "implementation"),
 )
 

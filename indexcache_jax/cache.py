@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from indexcache_jax import config as config_lib
 from indexcache_jax import costs, types
-from pallas_kernels import packing as mosaic_tpu_layout
-from pallas_kernels import packing as mosaic_tpu_packed
+from pallas_kernels import packing
 
-PackedLatent = mosaic_tpu_layout.PackedLatent
+PackedLatent = packing.PackedLatent
 
 
 @flax.struct.dataclass
@@ -77,7 +76,7 @@ def init_cache(
 
   def latents():
     if _is_packed(config):
-      return mosaic_tpu_layout.empty(
+      return packing.empty(
         batch_size, capacity, config.latent_dim, config.dtype
       )
     return rows(config.latent_dim, config.dtype)
@@ -99,7 +98,7 @@ def init_cache(
 
 
 def _is_packed(config):
-  return mosaic_tpu_packed.is_preferred(config.dtype, config.implementation)
+  return packing.is_preferred(config.dtype, config.implementation)
 
 
 def _check_memory(config, batch_size, capacity):
@@ -111,7 +110,7 @@ def _check_memory(config, batch_size, capacity):
   free = stats["bytes_limit"] - stats["bytes_in_use"]
   token_bytes = costs.schedule_costs(config, context=capacity).cache_bytes
   if _is_packed(config):
-    token_bytes += config.num_hidden_layers * mosaic_tpu_layout.padding_bytes(
+    token_bytes += config.num_hidden_layers * packing.padding_bytes(
       config.latent_dim, config.dtype
     )
   needed = batch_size * capacity * token_bytes
@@ -146,7 +145,7 @@ def write_latents(
 ) -> Float[Array, "B S C"] | PackedLatent:
   """`write_rows` into latents of either form."""
   if isinstance(latents, PackedLatent):
-    return mosaic_tpu_layout.write(latents, new, positions)
+    return packing.write(latents, new, positions)
   return write_rows(latents, new, positions)
 
 
@@ -155,5 +154,5 @@ def plain_latents(
 ) -> Float[Array, "B S C"]:
   """Latents as rows: a copy of packed ones."""
   if isinstance(latents, PackedLatent):
-    return mosaic_tpu_layout.unpack(latents)
+    return packing.unpack(latents)
   return latents
