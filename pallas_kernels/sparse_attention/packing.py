@@ -153,7 +153,8 @@ def empty(
   if min(batch, num_keys, width) < 1:
     raise ValueError(
       "`batch`, `num_keys` and `width` must be at least 1: got"
-      f" batch={batch}, num_keys={num_keys}, width={width}."
+      f" batch={batch}, num_keys={num_keys}, width={width}. Give room"
+      " for a token or more."
     )
   rows = num_rows(num_keys, width, dtype)
   return PackedLatent(
@@ -182,11 +183,14 @@ def write(
     raise ValueError(
       "`kv_latent` must have the batch and width of `packed`: got"
       f" kv_latent.shape={kv_latent.shape} for packed.shape={packed.shape}."
+      " Make the cache with `packing.empty(batch, num_keys, width, dtype)` of"
+      " these rows."
     )
   if positions.shape != kv_latent.shape[:2]:
     raise ValueError(
       "`positions` must have one entry a row of `kv_latent`: got"
       f" positions.shape={positions.shape}, kv_latent.shape={kv_latent.shape}."
+      " Give the cache's place of each new row, [B, T]."
     )
   tiles = row_tiles(packed.width, packed.dtype)
   # Out of the array, where behind the last token the zeros stand.
