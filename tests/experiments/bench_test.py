@@ -3,8 +3,10 @@
 """The timing scripts: that they run and say what they can't; never a time."""
 
 import json
+import os
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -41,6 +43,15 @@ print(", ".join(f"{record['kind']} {record['ms']}" for record in found))
 """
 
 
+# A CPU does not say how much memory it has.
+_BATCHES = """
+from experiments import bench_inference, common
+
+bench_inference.free_bytes = lambda params: 100_000
+common.run(bench_inference.main)
+"""
+
+
 class BenchTest(scripts_test.ScriptCase):
   def records(self, name):
     lines = (self.folder / name).read_text().splitlines()
@@ -70,6 +81,29 @@ class BenchTest(scripts_test.ScriptCase):
     self.assertEqual(caches, {"full": 9280, "FS": 8480})
     self.assertTrue(all(r["device"] for r in records))
 
+  def test_as_many_requests_as_fit(self):
+    with mock.patch.dict(
+      os.environ, {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs")}
+    ):
+      done = scripts_test.run_python(
+        *("-c", _BATCHES, "--preset=tiny", "--schedules=full,FSSS"),
+        *("--phases=decode", "--contexts=16", "--chunk_size=8"),
+        *("--new_tokens=2", "--batch_contexts=16,64", "--max_batch=4"),
+        *("--compile_jobs=2", f"--output_dir={self.folder}"),
+      )
+    self.assert_succeeds(done)
+    requests = {
+      (r["schedule"], r["context"]): r["batch"]
+      for r in self.records("inference.jsonl")
+      if r["metric"] == "decode" and r["batch"] > 1
+    }
+    # 640 or 448 bytes a token; 24 and 72 tokens a cache.
+    self.assertEqual(
+      requests,
+      {("full", 16): 4, ("full", 64): 2, ("FSSS", 16): 4, ("FSSS", 64): 3},
+    )
+    self.assertIn("| decode, batch 3 | 64 | bfloat16 | FSSS |", done.stdout)
+
   def test_the_fast_path_against_the_reference(self):
     done = scripts_test.run(
       "check_inference",
@@ -91,6 +125,8 @@ class BenchTest(scripts_test.ScriptCase):
       self.assertEqual(exact["same_keys"], 1)
     for rounded in records[2::3]:
       self.assertGreater(rounded["decode_logits_error"], 0)
+    # Two models.
+    self.assertNotEqual(records[2]["logits_error"], records[5]["logits_error"])
 
   def test_a_layer(self):
     done = scripts_test.run(
