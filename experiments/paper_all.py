@@ -98,7 +98,8 @@ def all_tasks(folder: pathlib.Path) -> list[processes.Task]:
       )
   seeds = [_Seed(folder, int(seed)) for seed in dict.fromkeys(_SEEDS.value)]
   compiled = _compilations(seeds[0]) if _COMPILERS.value else []
-  measured = [task for seed in seeds for task in seed.measurements()]
+  untrained = [seed.measure_untrained() for seed in seeds]
+  trained = [seed.measure_trained() for seed in seeds]
   tables = processes.Task(
     name="tables",
     command=lambda _: _command(
@@ -108,16 +109,17 @@ def all_tasks(folder: pathlib.Path) -> list[processes.Task]:
     ),
     # Every time, for there may be more seeds than the last time; and alone on
     # the machine, for the last of them holds times.
-    needs=[task.name for task in measured],
+    needs=[task.name for task in (*untrained, *trained)],
   )
   return [
     *(seed.base() for seed in seeds),
     *compiled,
     *(seed.search() for seed in seeds),
+    *untrained,
     *(
       seed.variant(name, compiled) for name in _VARIANTS.value for seed in seeds
     ),
-    *measured,
+    *trained,
     tables,
   ]
 
@@ -150,12 +152,15 @@ class _Seed:
       ],
     )
 
-  def measurements(self):
-    """All tables but the one of times, measured and written for this seed."""
-    return [
-      self._measurement(["overlap", "training_free"], needs=["search"]),
-      self._measurement(["training_aware"], needs=["base", *_VARIANTS.value]),
-    ]
+  def measure_untrained(self):
+    """Tables 1 and 2, measured and written for this seed."""
+    return self._measurement(["overlap", "training_free"], needs=["search"])
+
+  def measure_trained(self):
+    """Table 3 of this seed."""
+    return self._measurement(
+      ["training_aware"], needs=["base", *_VARIANTS.value]
+    )
 
   def _measurement(self, tables, needs):
     return processes.Task(
