@@ -4,7 +4,7 @@
 
 The column "by kernel times" is Amdahl's law for the profiled kernels of the
 removed indexers. A model gains more: their launches go too, and in a long
-prefill the clock rises when the power of the scores is saved.
+prefill, probably, the clock rises when the power of the scores is saved.
 """
 
 import json

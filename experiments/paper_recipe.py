@@ -158,7 +158,7 @@ def _whole(seed, dtype):
   )
   return Recipe(
     config=ic.PRESETS["paper"]().replace(dtype=dtype, param_dtype=jnp.float32),
-    # Required by this project, so that every machine has them.
+    # This project requires them, or JAX does: every machine has them.
     packages=("flax", "jax", "matplotlib", "numpy", "optax", "scipy"),
     base=base,
     variant=dataclasses.replace(

@@ -27,11 +27,20 @@ def _mosaic_tpu(query, kv_latent, topk_indices, **kwargs):
   return mosaic_tpu.sparse_mla(query, kv_latent, topk_indices, **kwargs)
 
 
-_IMPLEMENTATIONS = {
-  "mosaic_gpu": mosaic_gpu.sparse_mla,
-  "mosaic_tpu": _mosaic_tpu,
-  "xla": reference.sparse_mla,
-}
+def _implementations(with_mean_probs):
+  """By name; where nobody reads the mean probabilities XLA drops the others'.
+
+  What one kernel computes with its output it can't drop.
+  """
+  return {
+    "mosaic_gpu": mosaic_gpu.sparse_mla,
+    "mosaic_tpu": functools.partial(
+      _mosaic_tpu, with_mean_probs=with_mean_probs
+    ),
+    "xla": reference.sparse_mla,
+  }
+
+
 _ORDER = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 _ORDER_PACKED = {"tpu": ("mosaic_tpu",)}
 
@@ -86,14 +95,7 @@ def sparse_mla(
     kv_latent = quantization.undifferentiated(kv_latent)
   out, residuals = dispatch.run(
     "sparse_mla",
-    _IMPLEMENTATIONS
-    # XLA drops the others' mean probabilities where nobody reads them; what
-    # one kernel computes with its output it can't.
-    | {
-      "mosaic_tpu": functools.partial(
-        _mosaic_tpu, with_mean_probs=return_residuals
-      )
-    },
+    _implementations(return_residuals),
     _ORDER,
     implementation,
     query,
