@@ -53,7 +53,9 @@ def table(records: list[dict], profile: list[dict]) -> str:
   lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
   for phase, unit in _UNITS.items():
     found = times(records, phase)
-    for (keys, name, context), (taken, num_full) in found.items():
+    for (keys, name, context), (taken, num_full) in sorted(
+      found.items(), key=lambda one: (one[0][0], -one[1][1], one[0][2])
+    ):
       base = found.get((keys, "full", context))
       ratio = limit = ""
       if base is not None:
@@ -64,13 +66,32 @@ def table(records: list[dict], profile: list[dict]) -> str:
         f"| {phase} | {context} | {keys} | {name} | {taken:.4g} {unit} |"
         f" {ratio} | {limit} |"
       )
-  for r in records:
-    if r["metric"] == "decode" and r["batch"] > 1:
-      lines.append(
-        f"| decode, batch {r['batch']} | {r['context']} | {r['index_keys']} |"
-        f" {r['schedule']} | {r['tokens_per_second']:.4g} tokens/s | | |"
-      )
+  lines += _batch_lines(records)
   return "\n".join(lines)
+
+
+def _batch_lines(records):
+  """Of as many requests as fit, which are more where caches are smaller."""
+  found = {
+    (r["index_keys"], r["context"], -r["num_full"]): r
+    for r in records
+    if r["metric"] == "decode" and r["batch"] > 1
+  }
+  base = {
+    (r["index_keys"], r["context"]): r["tokens_per_second"]
+    for r in found.values()
+    if r["schedule"] == "full"
+  }
+  lines = []
+  for (keys, context, _), r in sorted(found.items()):
+    rate = r["tokens_per_second"]
+    full = base.get((keys, context))
+    ratio = f"{rate / full:.3g}x" if full else ""
+    lines.append(
+      f"| decode, batch {r['batch']} | {context} | {keys} | {r['schedule']} |"
+      f" {rate:.4g} tokens/s | {ratio} | |"
+    )
+  return lines
 
 
 def indexer_table(records: list[dict]) -> str:

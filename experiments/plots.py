@@ -103,6 +103,9 @@ def inference(
 ) -> None:
   """Draws prefill seconds and milliseconds a token over the context.
 
+  A colour a schedule, a line style a dtype of the index keys. A schedule that
+  was timed at one context alone is drawn only where no other has more.
+
   Args:
     path: of the PNG.
     times: by phase ("prefill", "decode"); then by dtype of the index keys,
@@ -112,29 +115,40 @@ def inference(
   labels = {"prefill": "seconds to first token", "decode": "ms a token"}
   for place, (phase, label) in enumerate(labels.items(), start=1):
     axes = figure.add_subplot(1, 2, place)
-    found = times.get(phase, {})
-    series = dict.fromkeys((keys, name) for keys, name, _ in found)
-    for (keys, name), marker in zip(
-      series, itertools.cycle(_MARKERS), strict=False
-    ):
-      points = sorted(
-        (context / 1000, taken)
-        for (*kind, context), (taken, _) in found.items()
-        if kind == [keys, name]
-      )
-      axes.plot(
-        *zip(*points, strict=True),
-        marker=marker,
-        label=f"{name}, {keys} index keys",
-        alpha=0.85,
-      )
+    _inference_curves(axes, times.get(phase, {}))
     axes.set_xlabel("context (thousand tokens)")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if series:
-      axes.legend()
   _write(path, figure)
+
+
+def _inference_curves(axes, found):
+  """Draws a phase's series, most indexers first."""
+  series = {}
+  for (keys, name, context), (taken, num_full) in found.items():
+    points = series.setdefault((-num_full, name, keys), [])
+    points.append((context / 1000, taken))
+  most = max(map(len, series.values()), default=0)
+  series = {
+    one: sorted(points)
+    for one, points in sorted(series.items())
+    if len(points) > 1 or most == 1
+  }
+  names = list(dict.fromkeys(name for _, name, _ in series))
+  dtypes = sorted({keys for *_, keys in series})
+  for (_, name, keys), points in series.items():
+    rank = names.index(name)
+    axes.plot(
+      *zip(*points, strict=True),
+      color=f"C{rank}",
+      marker=_MARKERS[rank % len(_MARKERS)],
+      linestyle=("-", "--", ":")[dtypes.index(keys) % 3],
+      label=f"{name}, {keys}",
+      alpha=0.85,
+    )
+  if series:
+    axes.legend(title="schedule, index keys")
 
 
 def curves_by_retention(

@@ -64,14 +64,20 @@ class TableTest(absltest.TestCase):
       | {"ms_per_token": 16.0},
       {**common, "schedule": "1/4", "num_full": 1, "batch": 8}
       | {"ms_per_token": 40.0, "tokens_per_second": 200.0},
+      {**common, "schedule": "1/2", "num_full": 2, "batch": 1}
+      | {"ms_per_token": 18.0},
+      {**common, "schedule": "full", "num_full": 4, "batch": 6}
+      | {"ms_per_token": 60.0, "tokens_per_second": 100.0},
     ]
     lines = inference_report.table(records, []).splitlines()
     self.assertEqual(
       lines[2:],
       [
         "| decode | 7 | bfloat16 | full | 20 ms | 1x |  |",
+        "| decode | 7 | bfloat16 | 1/2 | 18 ms | 1.11x |  |",
         "| decode | 7 | bfloat16 | 1/4 | 16 ms | 1.25x |  |",
-        "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | | |",
+        "| decode, batch 6 | 7 | bfloat16 | full | 100 tokens/s | 1x | |",
+        "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | 2x | |",
       ],
     )
 
