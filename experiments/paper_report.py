@@ -276,10 +276,15 @@ def _row_patterns(rows):
 
 def _patterns(rows):
   return _markdown(
-    "Patterns, one a seed",
+    "Patterns, one a seed or one for all",
     ["schedule", "patterns"],
     [
-      (name, ", ".join(f"`{word}`" for word in dict.fromkeys(words)))
+      (
+        name,
+        ", ".join(
+          f"`{word}`" for word in (words if len(set(words)) > 1 else words[:1])
+        ),
+      )
       for name, words in _row_patterns(rows).items()
     ],
     level=2,
@@ -349,10 +354,7 @@ def _plot_training_free(folder, summaries):
 def _plot_training_aware(folder, summaries):
   plots.bars(
     folder / "training_aware.png",
-    {
-      name: (entry["accuracy"]["mean"], entry["accuracy"]["spread"])
-      for name, entry in summaries.items()
-    },
+    {name: entry["accuracy"]["values"] for name, entry in summaries.items()},
     label="mean accuracy of the tasks",
   )
 
@@ -365,9 +367,8 @@ def _plot_by_rule(path, summaries, value_of: Callable, label):
     if name == paper_recipe.FULL:
       continue
     rule, _, retention = name.rpartition(" ")
-    value = value_of(entry)
-    curves.setdefault(rule, [(1.0, full["mean"], full["spread"])]).append(
-      (float(fractions.Fraction(retention)), value["mean"], value["spread"])
+    curves.setdefault(rule, [(1.0, full["values"])]).append(
+      (float(fractions.Fraction(retention)), value_of(entry)["values"])
     )
   plots.curves_by_retention(path, curves, label=label)
 
@@ -408,7 +409,7 @@ TABLES: Mapping[str, Callable] = {
     "Table 2: schedules without training", _plot_training_free
   ),
   "training_aware": _accuracies(
-    "Table 3: schedules trained with", _plot_training_aware
+    "Table 3: models trained under their schedule", _plot_training_aware
   ),
   "costs": _costs,
 }

@@ -153,67 +153,67 @@ def _inference_curves(axes, found):
 
 def curves_by_retention(
   path: pathlib.Path,
-  curves: Mapping[str, Sequence[tuple[float, float, float | None]]],
+  curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
   *,
   label: str,
 ) -> None:
-  """Draws a curve a rule over the share of indexers kept.
+  """Draws a curve a rule over the share of indexers kept, and a dot a seed.
 
   Args:
     path: of the PNG.
-    curves: by rule, points of (share, mean, spread), the spread None for one
-      seed.
+    curves: by rule, points of (share, value of each seed).
     label: what is drawn.
   """
   figure = figure_lib.Figure(figsize=(8, 5), layout="constrained")
   axes = figure.add_subplot()
-  for (rule, points), marker in zip(
-    curves.items(), itertools.cycle(_MARKERS), strict=False
-  ):
-    shares, means, spreads = zip(*sorted(points), strict=True)
-    axes.errorbar(
+  for rank, (rule, points) in enumerate(curves.items()):
+    shares, values = zip(*sorted(points), strict=True)
+    axes.plot(
       shares,
-      means,
-      yerr=[spread or 0.0 for spread in spreads],
-      marker=marker,
-      capsize=3,
+      list(map(np.mean, values)),
+      color=f"C{rank}",
       label=rule,
-      alpha=0.85,
+      alpha=0.7,
     )
+    # Rules stand side by side where their dots would hide each other.
+    shift = 1 + 0.04 * (rank - (len(curves) - 1) / 2)
+    for share, seeds in zip(shares, values, strict=True):
+      axes.plot(
+        [share * (shift if share < 1 else 1)] * len(seeds),
+        seeds,
+        color=f"C{rank}",
+        marker=_MARKERS[rank % len(_MARKERS)],
+        linestyle="none",
+        markersize=5,
+      )
   _retention_axis(axes)
   axes.set_ylabel(label)
+  axes.set_title("mean of the seeds, a mark each")
   axes.grid(alpha=0.3)
   axes.legend()
   _write(path, figure)
 
 
 def bars(
-  path: pathlib.Path,
-  values: Mapping[str, tuple[float, float | None]],
-  *,
-  label: str,
+  path: pathlib.Path, values: Mapping[str, Sequence[float]], *, label: str
 ) -> None:
-  """Draws a bar a row, with its spread.
+  """Draws a bar a row, the mean of its seeds, and a dot a seed.
 
   Args:
     path: of the PNG.
-    values: (mean, spread) by row, the spread None for one seed.
+    values: of each seed, by row.
     label: what is drawn.
   """
   figure = figure_lib.Figure(
     figsize=(8, 1 + 0.5 * len(values)), layout="constrained"
   )
   axes = figure.add_subplot()
-  means, spreads = zip(*values.values(), strict=True)
-  axes.barh(
-    list(values),
-    means,
-    xerr=[spread or 0.0 for spread in spreads],
-    capsize=3,
-    alpha=0.85,
-  )
+  axes.barh(list(values), list(map(np.mean, values.values())), alpha=0.5)
+  for row, seeds in values.items():
+    axes.plot(seeds, [row] * len(seeds), "ok", markersize=4)
   axes.invert_yaxis()
   axes.set_xlabel(label)
+  axes.set_title("mean of the seeds, a dot each")
   axes.grid(alpha=0.3, axis="x")
   _write(path, figure)
 

@@ -499,12 +499,12 @@ class PlotsTest(ScriptCase):
     plots.losses_by_retention(self.folder / "loss.png", rows, 0.7)
     plots.curves_by_retention(
       self.folder / "curves.png",
-      {"uniform": [(1.0, 0.5, None), (0.25, 0.4, 0.1)]},
+      {"uniform": [(1.0, [0.5]), (0.25, [0.3, 0.5])]},
       label="accuracy",
     )
     plots.bars(
       self.folder / "bars.png",
-      {"full": (0.5, 0.1), "uniform 1/2": (0.4, None)},
+      {"full": [0.4, 0.6], "uniform 1/2": [0.4]},
       label="accuracy",
     )
     for name in ("loss", "curves", "bars"):
