@@ -50,32 +50,29 @@ def prefill(
     params: its parameters.
     tokens: padded at the right.
     lengths: real tokens of each row, at least 1.
-    cache: of sufficient capacity for the padded tokens.
-    chunk_size: tokens of a chunk; activations are linear in it. The last
-      chunk is padded, so that one compilation serves all. None: all at once.
+    cache: with room for them behind what it holds.
+    chunk_size: tokens of a chunk, at most the cache's capacity; activations
+      are linear in it. The last chunk is padded, so that one compilation
+      serves all lengths of prompts. None: all at once.
 
   Returns:
     Next-token logits of every row, and the cache. The numbers are those of
     one pass over everything.
+
+  Raises:
+    ValueError: lengths or token ids out of their range, or more tokens than
+      the cache has room for.
   """
+  # On the host: slices there start no program of their own.
+  tokens = np.asarray(tokens)
+  lengths = np.asarray(lengths, np.int32)
   size = tokens.shape[1] if chunk_size is None else chunk_size
   if size < 1:
     raise ValueError(f"`chunk_size` must be at least 1: got {chunk_size}.")
-  if tokens.shape[1] > cache.capacity:
-    raise ValueError(
-      "`tokens` must fit in `cache`: got"
-      f" {tokens.shape[1]} tokens for a capacity of {cache.capacity}. Make"
-      " the cache larger with `init_cache`."
-    )
-  lengths = np.asarray(lengths, np.int32)
-  if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-    raise ValueError(
-      f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of a row: got"
-      f" {lengths.tolist()}."
-    )
-  size = min(size, tokens.shape[1])
-  # On the host: slices there start no program of their own.
-  tokens = np.pad(np.asarray(tokens), ((0, 0), (0, -tokens.shape[1] % size)))
+  _check_rows(model.config, tokens, lengths, cache)
+  if chunk_size is not None:
+    size = min(size, cache.capacity)
+  tokens = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)))
   logits = None
   for start in range(0, lengths.max(), size):
     in_chunk = jnp.asarray(np.clip(lengths - start, 0, size))
@@ -117,6 +114,7 @@ def generate(
   stop_tokens: Sequence[int] = (),
   seed: int = 0,
   chunk_size: int | None = None,
+  capacity: int | None = None,
 ) -> Int32[np.ndarray, "B new"]:
   """Continues prompts of any lengths under `config.schedule`.
 
@@ -133,6 +131,9 @@ def generate(
     stop_tokens: each ends the row in which it is drawn.
     seed: of the sampling; a row's draws do not depend on how far others go.
     chunk_size: tokens of a prefill chunk, see `prefill`.
+    capacity: tokens of the cache, for the longest prompt and what it is given.
+      With it and a chunk size, prompts of all lengths share two compiled
+      programs. None: as many as these prompts need.
 
   Returns:
     The new tokens of each prompt, a stop token included; -1 behind it.
@@ -148,9 +149,14 @@ def generate(
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   model = model_lib.SparseTransformer(config)
-  cache = cache_lib.init_cache(
-    config, len(prompts), tokens.shape[1] + max_new_tokens
-  )
+  needed = tokens.shape[1] + max_new_tokens
+  if capacity is not None and capacity < needed:
+    raise ValueError(
+      "`capacity` must hold the longest prompt and `max_new_tokens`: got"
+      f" capacity={capacity} for {tokens.shape[1]} + {max_new_tokens} tokens."
+      " Make it larger, or shorten the prompt."
+    )
+  cache = cache_lib.init_cache(config, len(prompts), capacity or needed)
   logits, cache = prefill(
     model, params, tokens, lengths, cache, chunk_size=chunk_size
   )
@@ -248,7 +254,8 @@ def decode_block(
   Args:
     model: of the parameters.
     params: its parameters.
-    state: after the prompt or the block before; its memory is taken over.
+    state: after the prompt or the block before; its memory is taken over. Its
+      cache must have room for `limit` tokens: a row that has none is dropped.
     key: of the whole generation.
     sampling: None for the likeliest token.
     stop_tokens: each ends its row.
@@ -301,6 +308,28 @@ def _keep_top_p(logits, top_p):
     jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True
   )
   return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _check_rows(config, tokens, lengths, cache):
+  if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+    raise ValueError(
+      f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of a row: got"
+      f" {lengths.tolist()}."
+    )
+  held = np.asarray(cache.lengths)
+  if np.max(held + lengths) > cache.capacity:
+    raise ValueError(
+      "`tokens` must fit in `cache` behind what it holds: got"
+      f" {lengths.tolist()} tokens behind {held.tolist()} for a capacity of"
+      f" {cache.capacity}. Make the cache larger with `init_cache`."
+    )
+  is_real = np.arange(tokens.shape[1]) < lengths[:, None]
+  wrong = tokens[is_real & ((tokens < 0) | (tokens >= config.vocab_size))]
+  if wrong.size:
+    raise ValueError(
+      "`tokens` must be ids from 0, below `vocab_size`: got"
+      f" {wrong[:10].tolist()} for vocab_size={config.vocab_size}."
+    )
 
 
 def _check_sampling(config, temperature, top_p, stop_tokens):

@@ -11,7 +11,7 @@ Quantised rows have scales: a query's belongs into its weights, a key's into
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import dispatch
+from pallas_kernels import chunking, dispatch
 from pallas_kernels.indexer import (
   mosaic_gpu,
   mosaic_gpu_selected,
@@ -87,6 +87,7 @@ def indexer_topk(
   *,
   k: int,
   key_scale: Float32[Array, "B S"] | None = None,
+  memory_bytes: int = chunking.MEMORY_BYTES,
   implementation: str | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Selects for each query the k visible keys of largest score.
@@ -102,16 +103,20 @@ def indexer_topk(
     key_end: one past its last visible key.
     k: index_topk.
     key_scale: positive factor on the scores of each key; None: 1.
+    memory_bytes: held at most beside arguments and result, for any B, T and S:
+      queries are scored in chunks, and sequences in groups where one position
+      of all is too large. One query's scores are the least. Not counted is a
+      copy of `index_k`: with "xla" always, with "mosaic_gpu" where S is no
+      multiple of 32, or D not 64 or 128.
     implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
       platform.
 
   Returns:
     Ascending indices; where fewer than k keys are visible, all of them and -1
-    behind. Memory beyond the result: below 1 GiB for any T and S, in chunks
-    of queries (one query's scores and their I x S products are the least).
+    behind.
 
   Raises:
-    ValueError: k below 1, or shapes that do not fit.
+    ValueError: k or `memory_bytes` below 1, or shapes that do not fit.
   """
   _check(index_q, index_k, index_weights, key_start, key_end)
   if k < 1:
@@ -120,22 +125,30 @@ def indexer_topk(
   index_q, index_k, index_weights, key_scale = jax.lax.stop_gradient(
     (index_q, index_k, index_weights, key_scale)
   )
-  return dispatch.run(
-    "indexer_topk",
-    {
-      "mosaic_gpu": mosaic_gpu.indexer_topk,
-      "mosaic_tpu": _without_scale(mosaic_tpu.indexer_topk),
-      "xla": reference.indexer_topk,
-    },
-    _ORDER,
-    implementation,
-    index_q,
-    index_k,
-    index_weights,
-    key_start,
-    key_end,
-    k,
-    key_scale=key_scale,
+  most_bytes = chunking.chunk_bytes(memory_bytes)
+
+  def select(arrays):
+    *arrays, scale = arrays
+    return dispatch.run(
+      "indexer_topk",
+      {
+        "mosaic_gpu": mosaic_gpu.indexer_topk,
+        "mosaic_tpu": _without_scale(mosaic_tpu.indexer_topk),
+        "xla": reference.indexer_topk,
+      },
+      _ORDER,
+      implementation,
+      *arrays,
+      k,
+      key_scale=scale,
+      chunk_bytes=most_bytes,
+    )
+
+  return chunking.map_sequences(
+    select,
+    (index_q, index_k, index_weights, key_start, key_end, key_scale),
+    bytes_per_sequence=4 * index_k.shape[1],
+    most_bytes=most_bytes,
   )
 
 
@@ -213,9 +226,9 @@ def _check_scale(index_k, key_scale):
 def _without_scale(implementation):
   """An implementation that refuses scales."""
 
-  def run(*args, key_scale):
+  def run(*args, key_scale, **kwargs):
     if key_scale is not None:
       raise NotImplementedError("the kernel has no factor on a key's scores")
-    return implementation(*args)
+    return implementation(*args, **kwargs)
 
   return run

@@ -42,8 +42,9 @@ MANY_QUERIES = mosaic_gpu_kernel.Tiles(
   warpgroups=3, keys=128, stages=0, members=2
 )
 FEW_QUERIES = mosaic_gpu_decode_kernel.Tiles(warpgroups=4, stages=0)
-# A chunk's scores may fill as many of `chunking.CHUNK_BYTES`, 512 MiB: they are
-# its only large array, and it takes a thousand queries to keep the GPU busy.
+# A chunk's scores may fill as many of `chunking.CHUNK_BYTES`, half of what the
+# op may hold: they are its only large array, and it takes a thousand queries
+# to keep the GPU busy.
 _CHUNKS_TOGETHER = 4
 
 
@@ -94,6 +95,8 @@ def indexer_topk(
   key_end: Int32[Array, "B T"],
   k: int,
   key_scale: Float32[Array, "B S"] | None = None,
+  *,
+  chunk_bytes: int | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time.
 
@@ -124,6 +127,7 @@ def indexer_topk(
     select,
     (index_q, index_weights, key_start, key_end),
     bytes_per_query=4 * index_k.shape[0] * index_k.shape[1] // _CHUNKS_TOGETHER,
+    most_bytes=chunk_bytes,
   )
 
 

@@ -89,6 +89,8 @@ def indexer_topk(
   key_start: Int32[Array, "B T"],
   key_end: Int32[Array, "B T"],
   k: int,
+  *,
+  chunk_bytes: int | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time.
 
@@ -96,13 +98,15 @@ def indexer_topk(
     NotImplementedError: as `indexer_scores` and `top_k` of this lowering.
   """
   return tpu.over_devices(
-    functools.partial(_select, k=k),
+    functools.partial(_select, k=k, chunk_bytes=chunk_bytes),
     (index_q, index_k, index_weights, key_start, key_end),
     _SPLITS,
   )
 
 
-def _select(index_q, index_k, index_weights, key_start, key_end, *, k):
+def _select(
+  index_q, index_k, index_weights, key_start, key_end, *, k, chunk_bytes
+):
   """`indexer_topk` on one device."""
 
   def select(index_q, index_weights, key_start, key_end):
@@ -113,6 +117,7 @@ def _select(index_q, index_k, index_weights, key_start, key_end, *, k):
     select,
     (index_q, index_weights, key_start, key_end),
     bytes_per_query=4 * index_k.shape[0] * index_k.shape[1],
+    most_bytes=chunk_bytes,
   )
 
 

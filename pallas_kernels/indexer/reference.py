@@ -87,6 +87,8 @@ def indexer_topk(
   key_end: Int32[Array, "B T"],
   k: int,
   key_scale: Float32[Array, "B S"] | None = None,
+  *,
+  chunk_bytes: int | None = None,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time."""
 
@@ -100,6 +102,7 @@ def indexer_topk(
     select,
     (index_q, index_weights, key_start, key_end),
     bytes_per_query=4 * index_k.shape[0] * index_k.shape[1],
+    most_bytes=chunk_bytes,
   )
 
 

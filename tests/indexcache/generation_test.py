@@ -166,6 +166,29 @@ class BlocksTest(absltest.TestCase):
     np.testing.assert_array_equal(tokens[:, 4:], generation.NO_TOKEN)
 
 
+class CapacityTest(absltest.TestCase):
+  def test_one_compilation_serves_all_lengths(self):
+    programs = (generation.extend, generation.decode_block)
+    for program in programs:
+      program.clear_cache()
+    expected = [
+      generate(prompts=[prompt], chunk_size=8) for prompt in prompts()
+    ]
+    for program in programs:
+      program.clear_cache()
+    for prompt, tokens in zip(prompts(), expected, strict=True):
+      found = generate(prompts=[prompt], chunk_size=8, capacity=60)
+      np.testing.assert_array_equal(found, tokens)
+    self.assertEqual([program._cache_size() for program in programs], [1, 1])
+
+  def test_holds_the_prompt_and_the_new_tokens(self):
+    with self.assertRaisesRegex(
+      ValueError, r"`capacity` must hold .*got capacity=45 for 40 \+ 6 tokens"
+    ):
+      generate(capacity=45)
+    generate(capacity=46)
+
+
 class PrefillTest(parameterized.TestCase):
   def run_prefill(self, chunk_size, capacity=46, lengths=(20, 13)):
     config = toy.config("FSFS")
@@ -204,9 +227,37 @@ class PrefillTest(parameterized.TestCase):
   def test_tokens_must_fit_in_the_cache(self, chunk_size):
     # Each chunk fits; rows beyond the capacity would be dropped in silence.
     with self.assertRaisesRegex(
-      ValueError, "`tokens` must fit in `cache`: got 20 tokens.*capacity of 16"
+      ValueError, r"must fit in `cache`.*got \[20, 13\] tokens.*capacity of 16"
     ):
       self.run_prefill(chunk_size, capacity=16)
+
+  def test_appended_tokens_must_fit_too(self):
+    config = toy.config("FSFS")
+    held = self.run_prefill(None).cache
+    with self.assertRaisesRegex(
+      ValueError, r"got \[27, 1\] tokens behind \[20, 13\] for .* of 46"
+    ):
+      ic.prefill(
+        ic.SparseTransformer(config),
+        toy.params_for(config),
+        toy.random_tokens(length=27),
+        np.array([27, 1]),
+        held,
+      )
+
+  def test_real_tokens_are_ids(self):
+    config = toy.config("FSFS")
+    tokens = np.array([[5, 64, -1], [3, -7, 99]], np.int32)
+    run = functools.partial(
+      ic.prefill, ic.SparseTransformer(config), toy.params_for(config), tokens
+    )
+    with self.assertRaisesRegex(
+      ValueError, r"ids from 0.*got \[64, -1\] for vocab_size=64"
+    ):
+      run(np.array([3, 1]), ic.init_cache(config, 2, 8))
+    # Padding may hold anything.
+    logits, _ = run(np.array([1, 1]), ic.init_cache(config, 2, 8))
+    self.assertTrue(np.all(np.isfinite(logits)))
 
   @parameterized.parameters(((20, 0),), ((-1, 20),), ((21, 20),))
   def test_lengths(self, lengths):

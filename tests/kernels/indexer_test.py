@@ -1,6 +1,7 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import scipy.linalg
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import chunking
 from pallas_kernels.indexer import quantization, shapes
 from tests import tolerances
 from tests.kernels import errors, loops
@@ -165,15 +165,20 @@ class IndexerTest(parameterized.TestCase):
       self.topk((q, poisoned, w, start, end), 8),
     )
 
-  def test_chunks_change_no_index(self):
+  def test_less_memory_changes_no_index(self):
     args = self.inputs((2, 37, 64, 16, 8))
     whole = self.topk(args, 9)
-    original = chunking.CHUNK_BYTES
-    self.addCleanup(setattr, chunking, "CHUNK_BYTES", original)
-    chunking.CHUNK_BYTES = 4 * 2 * 64 * 5
-    self.jitted.cache_clear()
-    self.addCleanup(self.jitted.cache_clear)
-    np.testing.assert_array_equal(self.topk(args, 9), whole)
+    for name, queries in (
+      ("chunks of five queries", 2 * 5),
+      ("a sequence at a time", 1),
+      ("a query at a time", 0.5),
+    ):
+      with self.subTest(name):
+        scores_bytes = int(4 * 64 * queries)
+        run = self.jitted(
+          pallas_kernels.indexer_topk, k=9, memory_bytes=8 * scores_bytes
+        )
+        np.testing.assert_array_equal(run(*args), whole)
 
   def test_run_to_run_bit_equal(self):
     args = self.inputs(shapes.SHAPES["tiny"])
@@ -245,6 +250,19 @@ class IndexerTest(parameterized.TestCase):
     compiled = run.lower(*args).compile()
     # One float32 array of T x S is 1 GiB.
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 0.75 * 2**30)
+    run = self.jitted(pallas_kernels.indexer_topk, k=8, memory_bytes=1 << 26)
+    compiled = run.lower(*args).compile()
+    self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 1 << 26)
+
+  def test_holds_no_scores_of_all_sequences(self):
+    shape = (64, 1, 1 << 16, 16, 8)
+    args = jax.eval_shape(lambda: self.inputs((*shape,)))
+    run = self.jitted(pallas_kernels.indexer_topk, k=8, memory_bytes=1 << 24)
+    compiled = run.lower(*args).compile()
+    copied_keys = 4 * math.prod(shape[:1] + shape[2:3] + shape[4:])
+    self.assertLess(
+      compiled.memory_analysis().temp_size_in_bytes, (1 << 24) + copied_keys
+    )
 
   def test_errors(self):
     q, k, w, start, end = self.inputs((1, 4, 10, 16, 8))
@@ -257,6 +275,8 @@ class IndexerTest(parameterized.TestCase):
         pallas_kernels.indexer_topk(q, k, w, start[:, :3], end, k=3)
       with self.assertRaisesRegex(ValueError, "index_topk.*got 0"):
         pallas_kernels.indexer_topk(q, k, w, start, end, k=0)
+      with self.assertRaisesRegex(ValueError, "memory_bytes.*got 0"):
+        pallas_kernels.indexer_topk(q, k, w, start, end, k=3, memory_bytes=0)
 
 
 class TransformedTest(absltest.TestCase):
