@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -93,32 +94,50 @@ def count_parameters(config: ic.SparseTransformerConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
+def command() -> str:
+  """This process's command line."""
+  return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 def environment() -> dict[str, str]:
   """Provenance of a result: device, versions, commit."""
   return {
     "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     "platform": jax.default_backend(),
     "jax": jax.__version__,
+    **_cuda(),
     "python": platform.python_version(),
     "commit": _commit(),
+  }
+
+
+def _cuda() -> dict[str, str]:
+  """Versions of CUDA and of the driver, on GPUs alone."""
+  if jax.default_backend() != "gpu":
+    return {}
+  return {
+    "cuda": jax.devices()[0].client.platform_version.split()[-1],
+    "driver": _output(
+      *("nvidia-smi", "--id=0"),
+      *("--query-gpu=driver_version", "--format=csv,noheader"),
+    ),
   }
 
 
 def _commit() -> str:
   """Commit of this source tree, with "+" if it was changed since."""
   root = pathlib.Path(__file__).resolve().parents[1]
+  return _output(
+    *("git", "-C", str(root), "describe", "--always", "--exclude=*"),
+    *("--abbrev=12", "--dirty=+"),
+  )
 
-  def git(*args):
-    return subprocess.run(
-      ["git", "-C", str(root), *args],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
 
+def _output(*words: str) -> str:
+  """What another program prints; "unknown" without it or where it fails."""
   try:
-    return git("rev-parse", "--short=12", "HEAD") + (
-      "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+    return subprocess.run(
+      words, capture_output=True, text=True, check=True
+    ).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
     return "unknown"

@@ -16,8 +16,6 @@ those next to the question.
 import dataclasses
 import json
 import pathlib
-import shlex
-import sys
 
 import numpy as np
 from absl import flags, logging
@@ -99,7 +97,7 @@ def main(argv):
     "num_facts": num_facts if hidden else 0,
     "index_topk": model.config.index_topk,
     "seed": inputs.SEED.value,
-    "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+    "command": common.command(),
     "environment": common.environment(),
     "loss_change": evaluations[-1].loss - evaluations[0].loss
     if len(evaluations) > 1

@@ -17,8 +17,6 @@ own layer's attention mass an indexer finds 0.77, the adjacent one's 0.57.
 
 import json
 import pathlib
-import shlex
-import sys
 
 import numpy as np
 from absl import flags, logging
@@ -88,7 +86,7 @@ def main(argv):
     "index_topk": model.config.index_topk,
     "positions": positions,
     "seed": inputs.SEED.value,
-    "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+    "command": common.command(),
     "environment": common.environment(),
     "summaries": summaries,
     **{name: matrix.tolist() for name, matrix in matrices.items()},

@@ -153,8 +153,10 @@ class _Seed:
     )
 
   def measure_untrained(self):
-    """Tables 1 and 2, measured and written for this seed."""
-    return self._measurement(["overlap", "training_free"], needs=["search"])
+    """Tables 1, 2 and 5, measured and written for this seed."""
+    return self._measurement(
+      ["overlap", "training_free", "single_layers"], needs=["search"]
+    )
 
   def measure_trained(self):
     """Table 3 of this seed."""

@@ -4,9 +4,11 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 import indexcache_jax as ic
-from experiments import inputs, paper_recipe
+from experiments import common, inputs, paper_recipe
 from indexcache_jax import (
   analysis,
   comparison,
@@ -95,14 +97,32 @@ class Model:
     )
 
 
-def search_all(model: Model) -> dict[str, dict[str, Any]]:
-  """Searches on each calibration set.
+def searches(
+  path: pathlib.Path, load_model: Callable[[], Model]
+) -> dict[str, dict[str, Any]]:
+  """Searches on each calibration set, unless `path` has them.
+
+  Args:
+    path: of the JSON file, which is written with its provenance.
+    load_model: the base model, asked for where there is no file.
 
   Returns:
     By set: `patterns` by retention, such as "1/4", and `trace`, the flipped
     layers with their losses.
   """
-  return {name: _search(model, name) for name in CALIBRATION_SETS}
+  if not path.exists():
+    model = load_model()
+    record = {
+      **provenance(),
+      "searches": {name: _search(model, name) for name in CALIBRATION_SETS},
+    }
+    common.write_text(path, json.dumps(record, indent=1) + "\n")
+  return json.loads(path.read_text(encoding="utf-8"))["searches"]
+
+
+def provenance() -> dict[str, Any]:
+  """The command that measures, and where it runs."""
+  return {"command": common.command(), "environment": common.environment()}
 
 
 def _search(model, calibration_set):
@@ -201,6 +221,36 @@ def measure_training_free(
   return {"rows": rows, "searches": searches}
 
 
+def measure_single_layers(model: Model) -> dict[str, Any]:
+  """Table 5: the base model without one layer's indexer, for each layer.
+
+  At the longest length alone. The first layer has none to take indices of.
+  """
+  recipe = model.recipe
+  num_layers = recipe.config.num_hidden_layers
+  longest = max(recipe.lengths)
+  batches = {
+    (task, length): batch
+    for (task, length), batch in model.task_batches.items()
+    if length == longest
+  }
+  loss_fn = ic.LayerwiseLoss(
+    recipe.config, model.params, model.held_out_batches
+  )
+  full = ic.ReuseSchedule.all_full(num_layers)
+  schedules = {paper_recipe.FULL: full} | {
+    f"without {layer}": ic.ReuseSchedule(
+      full.pattern[:layer] + "S" + full.pattern[layer + 1 :]
+    )
+    for layer in range(1, num_layers)
+  }
+  rows = [
+    _row(model, loss_fn, name, schedule, batches)
+    for name, schedule in schedules.items()
+  ]
+  return {"rows": rows}
+
+
 def measure_training_aware(
   model: Model, folder: pathlib.Path
 ) -> dict[str, Any]:
@@ -272,12 +322,13 @@ def _schedules(model, searches):
   return schedules
 
 
-def _row(model, loss_fn, name, schedule):
+def _row(model, loss_fn, name, schedule, batches=None):
+  """Loss and accuracies under a schedule; None: of all tasks and lengths."""
   loss = loss_fn(schedule)
   found = evaluation.task_accuracies(
     model.recipe.config,
     model.params,
-    model.task_batches,
+    model.task_batches if batches is None else batches,
     schedule=schedule,
     batch_size=model.recipe.batch_size,
   )

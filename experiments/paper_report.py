@@ -132,6 +132,44 @@ def _accuracies(title, picture):
   return table
 
 
+def _single_layers(records, folder):
+  rows = _joined_rows(records)
+  tasks, [length] = _tasks_and_lengths(records)
+  seeds = [record["seed"] for record in records]
+  summaries = {
+    name: _summarise(entries, rows[paper_recipe.FULL])
+    for name, entries in rows.items()
+  }
+  layers = [e for name, e in summaries.items() if name != paper_recipe.FULL]
+  plots.lines_by_layer(
+    folder / "single_layers.png",
+    {
+      f"seed {seed}": [entry["accuracy"]["values"][place] for entry in layers]
+      for place, seed in enumerate(seeds)
+    },
+    label="mean accuracy without that layer's indexer",
+  )
+  columns = ("change of loss", *tasks)
+  lines = [
+    (
+      name,
+      *(f"{change:+.4f}" for change in entry["loss_change"]["values"]),
+      *(
+        f"{share:.3f}"
+        for task in tasks
+        for share in entry["tasks"][task][length]["values"]
+      ),
+    )
+    for name, entry in summaries.items()
+  ]
+  body = _markdown(
+    f"Table 5: without one layer's indexer, at {length} tokens, each seed",
+    ["indexers", *(f"{word} {seed}" for word in columns for seed in seeds)],
+    lines,
+  )
+  return {"rows": summaries}, body
+
+
 def _costs(records, folder):
   rows = _joined_rows(records)
   keys = (
@@ -256,10 +294,7 @@ def _by_depth(summaries, tasks, length):
     [
       (
         name,
-        *(
-          f"{entry['depths'][task][length][depth]['mean']:.2f}"
-          for task, depth in pairs
-        ),
+        *(_cell(entry["depths"][task][length][depth]) for task, depth in pairs),
       )
       for name, entry in summaries.items()
     ],
@@ -412,4 +447,5 @@ TABLES: Mapping[str, Callable] = {
     "Table 3: models trained under their schedule", _plot_training_aware
   ),
   "costs": _costs,
+  "single_layers": _single_layers,
 }

@@ -19,7 +19,6 @@ the variants while the base model trains; then each variant can be a process of
 its own on one device, and the search another.
 """
 
-import json
 import math
 import pathlib
 import time
@@ -167,14 +166,11 @@ def _schedule(recipe, folder, variant):
 
 def _search(recipe, folder):
   """Patterns by retention, from `search.json` or a search that writes it."""
-  path = _search_path(folder)
-  if not path.exists():
-    model = paper_measurements.Model.load(recipe, _base_path(folder))
-    searches = paper_measurements.search_all(model)
-    common.write_text(path, json.dumps(searches, indent=1) + "\n")
-  return json.loads(path.read_text())[paper_measurements.CALIBRATION][
-    "patterns"
-  ]
+  searches = paper_measurements.searches(
+    _search_path(folder),
+    lambda: paper_measurements.Model.load(recipe, _base_path(folder)),
+  )
+  return searches[paper_measurements.CALIBRATION]["patterns"]
 
 
 if __name__ == "__main__":

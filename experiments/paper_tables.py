@@ -10,18 +10,17 @@ searched; overlap alone is a bad guide.
   python -m experiments.paper_tables --dtype=bfloat16 --table=training_free \
     --runs=runs/paper/seed0,runs/paper/seed1,runs/paper/seed2
 
-Tables: overlap (1), training_free (2), training_aware (3), costs (4); without
---table all four. What is not measured yet is, into a JSON file in the seed's
-folder; with these files alone, the models being elsewhere, the tables are made
-again. Expected: a .json, .md and .png a table in --output_dir, each row the
-mean over seeds with its spread; and, with tables 1 to 3 there, claims.md, which
-says of each claim whether it held.
+Tables: overlap (1), training_free (2), training_aware (3), costs (4),
+single_layers (5: without one layer's indexer); without --table all. What is not
+measured yet is, into a JSON file in the seed's folder; with these files alone,
+the models being elsewhere, the tables are made again. Expected: a .json, .md
+and .png a table in --output_dir, each row the mean over seeds with its spread;
+training_log.csv, where a folder has logs; and, with tables 1 to 3 there,
+claims.md, which says of each claim whether it held.
 """
 
 import json
 import pathlib
-import shlex
-import sys
 
 import jax.numpy as jnp
 from absl import flags, logging
@@ -30,6 +29,7 @@ from experiments import (
   common,
   inputs,
   paper_claims,
+  paper_log,
   paper_measurements,
   paper_recipe,
   paper_report,
@@ -55,6 +55,7 @@ def main(argv):
     raise ValueError("--runs must name at least one folder: got none.")
   seeds = [_Seed(folder) for folder in folders]
   output_dir = pathlib.Path(_OUTPUT_DIR.value)
+  paper_log.write(folders, output_dir / "training_log.csv")
   for table in dict.fromkeys(_TABLES.value):
     print(
       paper_report.write(table, [s.measured(table) for s in seeds], output_dir)
@@ -77,8 +78,7 @@ class _Seed:
       record = {
         "table": table,
         "seed": self._seed(),
-        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
-        "environment": common.environment(),
+        **paper_measurements.provenance(),
         **measurement,
       }
       common.write_text(path, json.dumps(record, indent=1) + "\n")
@@ -89,6 +89,8 @@ class _Seed:
     print(f"Measuring {table} of {self._folder.name} ...")
     if table == "overlap":
       return paper_measurements.measure_overlap(model)
+    if table == "single_layers":
+      return paper_measurements.measure_single_layers(model)
     if table == "training_aware":
       return paper_measurements.measure_training_aware(model, self._folder)
     if table == "costs":
@@ -119,11 +121,9 @@ class _Seed:
     return int(json.loads(settings)["seed"])
 
   def _searches(self):
-    path = self._folder / "search.json"
-    if not path.exists():
-      searches = paper_measurements.search_all(self._base_model())
-      common.write_text(path, json.dumps(searches, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return paper_measurements.searches(
+      self._folder / "search.json", self._base_model
+    )
 
 
 if __name__ == "__main__":

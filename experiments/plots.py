@@ -194,6 +194,31 @@ def curves_by_retention(
   _write(path, figure)
 
 
+def lines_by_layer(
+  path: pathlib.Path, values: Mapping[str, Sequence[float]], *, label: str
+) -> None:
+  """Draws a line a series over the layers from 1 on.
+
+  Args:
+    path: of the PNG.
+    values: of each layer but the first, by series.
+    label: what is drawn.
+  """
+  figure = figure_lib.Figure(figsize=(8, 4), layout="constrained")
+  axes = figure.add_subplot()
+  for (name, series), marker in zip(
+    values.items(), itertools.cycle(_MARKERS), strict=False
+  ):
+    layers = range(1, len(series) + 1)
+    axes.plot(layers, series, marker=marker, label=name, alpha=0.85)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  axes.set_xlabel("layer")
+  axes.set_ylabel(label)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  _write(path, figure)
+
+
 def bars(
   path: pathlib.Path, values: Mapping[str, Sequence[float]], *, label: str
 ) -> None:

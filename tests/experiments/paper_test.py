@@ -27,8 +27,9 @@ class ScriptsTest(scripts_test.ScriptCase):
     )
     self.assert_succeeds(done)
     self.assertIn("All done after", done.stdout)
-    searches = json.loads((runs / "search.json").read_text())
-    self.assertEqual(searches["text"]["patterns"]["1/2"], "FS")
+    found = json.loads((runs / "search.json").read_text())
+    self.assertEqual(found["searches"]["text"]["patterns"]["1/2"], "FS")
+    self.assertIn("--part=search --seed=3", found["command"])
     for name in paper_report.TABLES:
       table = json.loads((tables / f"{name}.json").read_text())
       self.assertEqual(table["seeds"], [3], name)
@@ -36,7 +37,18 @@ class ScriptsTest(scripts_test.ScriptCase):
         "experiments.paper_tables --dtype=float32 --smoke", table["commands"][0]
       )
       self.assertIn("# Table", (tables / f"{name}.md").read_text())
-    self.assertLen(list(tables.glob("*.png")), 5)
+    self.assertLen(list(tables.glob("*.png")), 6)
+    log = (tables / "training_log.csv").read_text().splitlines()
+    # A line a stage: dense and sparse of the base model, sparse of variants.
+    self.assertEqual(
+      [line.split(",")[:5] for line in log[1:]],
+      [
+        ["3", "base", "dense", "0", "1"],
+        ["3", "base", "sparse", "1", "1"],
+        ["3", "full", "sparse", "0", "1"],
+        ["3", paper_recipe.folder_name(_OTHER), "sparse", "0", "1"],
+      ],
+    )
     self.assertIn("Seeds: 3.", (tables / "claims.md").read_text())
     base, variant = (
       (self.folder / "logs" / f"seed3_{part}.log").read_text()
