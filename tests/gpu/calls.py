@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small calls of every kernel, for tools that run each many times or slowly."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
+from pallas_kernels.hopper import row_sums
 
 
 def _normal(seed, *shape, dtype=jnp.bfloat16):
@@ -33,6 +36,13 @@ def _top_k():
   return lambda x: pk.top_k(x, 512), (scores,)
 
 
+def _top_k_few_rows():
+  """Rows that several blocks share, so that a second kernel merges."""
+  scores = _normal(0, 2, 32768, dtype=jnp.float32)
+  scores = scores.at[0].set(jnp.round(scores[0]))
+  return lambda x: pk.top_k(x, 512), (scores,)
+
+
 def _indexer(batch, queries, num_keys, dtype):
   index_q, index_k = (
     _normal(0, batch, queries, 32, 128),
@@ -50,6 +60,25 @@ def _indexer(batch, queries, num_keys, dtype):
   )
 
 
+def _indexer_scaled(batch, queries, num_keys):
+  _, (index_q, index_k, weights, *bounds) = _indexer(
+    batch, queries, num_keys, jnp.bfloat16
+  )
+  index_q, scale = pk.quantize_rows(index_q)
+  index_k, key_scale = pk.quantize_rows(index_k)
+
+  def select(*args):
+    *args, key_scale = args
+    return pk.indexer_topk(*args, k=512, key_scale=key_scale)
+
+  return select, (index_q, index_k, weights * scale, *bounds, key_scale)
+
+
+def _indexer_scores():
+  _, args = _indexer(1, 64, 4096, jnp.bfloat16)
+  return pk.indexer_scores, args
+
+
 def _attend(query, kv_latent, indices):
   return pk.sparse_mla(
     query,
@@ -61,28 +90,45 @@ def _attend(query, kv_latent, indices):
   )
 
 
-def _sparse_mla(batch, queries, heads):
+def _sparse_mla(batch, queries, heads, width=576):
   indices = _indices(batch * queries, 4096, 512)
   return _attend, (
-    _normal(0, batch, queries, heads, 576),
-    _normal(1, batch, 4096, 576),
+    _normal(0, batch, queries, heads, width),
+    _normal(1, batch, 4096, width),
     indices.reshape(batch, queries, -1),
   )
 
 
-def _sparse_mla_float8():
-  _, (query, kv_latent, indices) = _sparse_mla(1, 264, 64)
+def _sparse_mla_float8(batch, queries, heads):
+  _, (query, kv_latent, indices) = _sparse_mla(batch, queries, heads)
   return _attend, (query, pk.quantize_latents(kv_latent, 512), indices)
 
 
-def _sparse_mla_backward():
-  _, (query, kv_latent, indices) = _sparse_mla(1, 132, 64)
+def _gradients(query, kv_latent, indices, grad):
+  _, vjp = jax.vjp(lambda *args: _attend(*args, indices)[0], query, kv_latent)
+  return vjp(grad)
 
-  def gradients(query, kv_latent, indices, grad):
-    _, vjp = jax.vjp(lambda *args: _attend(*args, indices)[0], query, kv_latent)
-    return vjp(grad)
 
-  return gradients, (query, kv_latent, indices, _normal(2, 1, 132, 64, 512))
+def _sparse_mla_backward(batch, queries, heads):
+  _, args = _sparse_mla(batch, queries, heads)
+  return _gradients, (*args, _normal(2, batch, queries, heads, 512))
+
+
+def _sparse_mla_backward_in_chunks():
+  """Two chunks of each sequence, the second one of fewer queries.
+
+  Chunks of the real size hold hundreds of MiB.
+  """
+  _, args = _sparse_mla_backward(2, 100, 64)
+  _, kv_latent, indices, _ = args
+  query_bytes = 2 * indices.shape[-1] * kv_latent.shape[-1]
+  query_bytes += 4 * kv_latent.shape[1]
+
+  def gradients(*args):
+    with mock.patch.object(row_sums, "CHUNK_BYTES", 67 * query_bytes):
+      return _gradients(*args)
+
+  return gradients, args
 
 
 def _selected_scores():
@@ -95,7 +141,7 @@ def _selected_scores():
       index_k,
       weights,
     )
-    return scores, vjp(jnp.ones_like(scores))[::2]
+    return scores, vjp(jnp.ones_like(scores))
 
   return run, (
     _normal(0, 1, 132, 32, 128),
@@ -110,6 +156,17 @@ def _dense_attention():
     _normal(1, 1, 2048, 576),
     *_bounds(1, 64, 2048),
   )
+
+
+def _grouped_gradient():
+  """That of the rows: the kernel of transposed matrices."""
+  _, (rows, matrices, sizes) = _grouped(300)
+
+  def gradient(rows, matrices, sizes, grad):
+    _, vjp = jax.vjp(lambda x: pk.grouped_matmul(x, matrices, sizes), rows)
+    return vjp(grad)
+
+  return gradient, (rows, matrices, sizes, _normal(2, 300, 256))
 
 
 def _grouped(num_rows):
@@ -137,17 +194,28 @@ def _expert_mlp(num_rows):
 # A function and its arguments, made when it is called.
 CALLS = {
   "top_k": _top_k,
+  "top_k few rows": _top_k_few_rows,
+  "indexer_scores": _indexer_scores,
   "indexer_topk prefill": lambda: _indexer(1, 256, 4096, jnp.bfloat16),
   "indexer_topk prefill fp8": lambda: _indexer(1, 256, 4096, jnp.float8_e4m3fn),
+  "indexer_topk prefill fp8 scaled": lambda: _indexer_scaled(1, 256, 4096),
   "indexer_topk decode": lambda: _indexer(8, 1, 8192, jnp.bfloat16),
+  "indexer_topk decode fp8": lambda: _indexer(8, 1, 32768, jnp.float8_e4m3fn),
+  "indexer_topk decode fp8 scaled": lambda: _indexer_scaled(8, 1, 8192),
   "sparse_mla prefill": lambda: _sparse_mla(1, 264, 64),
+  "sparse_mla 128 heads": lambda: _sparse_mla(1, 132, 128),
   "sparse_mla 20 heads": lambda: _sparse_mla(1, 264, 20),
+  "sparse_mla 512 columns": lambda: _sparse_mla(1, 132, 64, width=512),
   "sparse_mla decode": lambda: _sparse_mla(8, 1, 64),
-  "sparse_mla float8": _sparse_mla_float8,
-  "sparse_mla backward": _sparse_mla_backward,
+  "sparse_mla float8": lambda: _sparse_mla_float8(1, 264, 64),
+  "sparse_mla float8 20 heads": lambda: _sparse_mla_float8(1, 264, 20),
+  "sparse_mla float8 decode": lambda: _sparse_mla_float8(8, 1, 64),
+  "sparse_mla backward": lambda: _sparse_mla_backward(1, 132, 64),
+  "sparse_mla backward in chunks": _sparse_mla_backward_in_chunks,
   "selected_indexer_scores": _selected_scores,
   "dense_mla_residuals": _dense_attention,
   "grouped_matmul": lambda: _grouped(300),
+  "grouped_matmul gradient": _grouped_gradient,
   "expert_mlp decode": lambda: _expert_mlp(4),
 }
 

@@ -7,32 +7,26 @@ Also their children: a kernel may hang, and takes its process with it.
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import traceback
 import unittest
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import jaxlib
 from absl.testing import absltest
 
 from pallas_kernels.hopper import chip
+from tests.gpu import reports
 
-_RULE = "=" * 70
-_FAILURE = re.compile(
-  rf"^{_RULE}\n((?:FAIL|ERROR): [^\n]*)\n(?:[^-=][^\n]*\n)*-{{70}}\n(.*?)"
-  r"(?=^(?:=|-){70}$|\Z)",
-  re.MULTILINE | re.DOTALL,
-)
-# Empty lines, unittest's rules, and log lines such as "I1128 18:58:21.575574".
-_NOISE = re.compile(r"\s*$|[=-]{70}$|[IWEF]\d{4} \d\d:\d\d:")
-_CASES = re.compile(r"^cases: (\d+)$", re.MULTILINE)
-# Of a failure, and of the output of a child that did not get as far.
-_LINES_A_FAILURE = 12
+# Of the output of a child that did not get as far as a failure.
 _LAST_LINES = 15
 
 _num_cases = 0
@@ -99,46 +93,11 @@ class _PromptResult(unittest.TextTestResult):
 
   def _tell_failure(self, word, test, err):
     text = "".join(traceback.format_exception(*err))
-    self._tell(f"\n{_RULE}\n{word}: {test}\n{'-' * 70}\n{text}{_RULE}")
+    self._tell(reports.failure(word, test, text))
 
   def _tell(self, text):
     self.stream.writeln(text)
     self.stream.flush()
-
-
-def failures(output: str) -> list[str]:
-  """Each failed test's name and what was wrong, from a module's output.
-
-  Args:
-    output: of `main` or of `absltest.main`.
-
-  Returns:
-    A few lines a failure: its name, the exception and the line that raised it.
-  """
-  return [
-    _excerpt(name, text)
-    for name, text in dict(_FAILURE.findall(output)).items()
-  ]
-
-
-def _excerpt(name, text):
-  lines = [line for line in text.splitlines() if line.strip()]
-  # The frames of a traceback are indented.
-  begin = next(
-    (
-      i
-      for i, line in enumerate(lines)
-      if not line.startswith((" ", "Traceback"))
-    ),
-    0,
-  )
-  place = [line.strip() for line in lines[:begin] if "File " in line][-1:]
-  return "\n".join([name, *place, *lines[begin:][:_LINES_A_FAILURE]])
-
-
-def num_cases(output: str) -> int:
-  """Generated cases that a module's output counts."""
-  return sum(map(int, _CASES.findall(output)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +122,67 @@ class Child:
   def line(self) -> str:
     """One line: name, seconds, and the end of what is no log line or rule."""
     word = "passed" if self.passed else "FAILED"
-    lines = [
-      line for line in self.output.splitlines() if not _NOISE.match(line)
-    ]
-    return f"{word} {self.name} {self.seconds:.0f}s: {'; '.join(lines[-3:])}"
+    end = "; ".join(reports.results(self.output)[-3:])
+    return f"{word} {self.name} {self.seconds:.0f}s: {end}"
+
+
+@contextlib.contextmanager
+def log(path: str) -> Iterator[Callable[..., None]]:
+  """Opens a run's log, which begins with `header`.
+
+  Args:
+    path: of the file; "": none.
+
+  Yields:
+    What prints lines and writes them to the file, at once.
+  """
+  first = header()
+  with contextlib.ExitStack() as stack:
+    streams = [sys.stdout]
+    if path:
+      pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      streams.append(stack.enter_context(open(path, "w", encoding="utf-8")))
+
+    def tell(*lines):
+      for stream in streams:
+        print(*lines, sep="\n", file=stream, flush=True)
+
+    tell(*first)
+    yield tell
+
+
+def header() -> list[str]:
+  """This process's command, date and commit; its card and versions.
+
+  Asked of a child: this process holds no GPU memory. Ends the process where
+  there is no Hopper GPU: the ops would run without their kernels.
+  """
+  facts = subprocess.run(
+    python("-c", "from tests.gpu import device; device.print_facts()"),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  if facts.returncode:
+    sys.exit(facts.returncode)
+  commit, card = facts.stdout.splitlines()[-2:]
+  command = shlex.join(["python", *sys.orig_argv[1:]])
+  return [f"{command}, {datetime.date.today()}, commit {commit}", card]
+
+
+def print_facts():
+  """Prints what `header` asks: a line of the commit, and one of the card."""
+  # Defines flags, which the tests' own processes need not have.
+  from experiments import common
+
+  try:
+    chip.chip()
+  except NotImplementedError as reason:
+    sys.exit(f"There is no GPU to test: {reason}")
+  facts = {**common.environment(), "jaxlib": jaxlib.__version__}
+  print(facts["commit"])
+  names = ("jax", "jaxlib", "cuda", "driver", "python")
+  versions = [f"{name} {facts[name]}" for name in names if name in facts]
+  print(facts["device"], *versions, sep=", ")
 
 
 def python(*arguments: str) -> list[str]:
@@ -231,7 +247,7 @@ def run_child(
 
 
 def _fault(output, exit_status, hung):
-  found = failures(output)
+  found = reports.failures(output)
   if hung or not found:
     hung = hung or [f"exit status {exit_status}"]
     found += ["\n".join(output.splitlines()[-_LAST_LINES:])]

@@ -36,9 +36,10 @@ class KeyScaleDeviceTest(indexer_test.KeyScaleTest):
 
 
 class RepetitionTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (jnp.bfloat16, (2, 200, 5001, 32, 128)),
-    (jnp.float8_e4m3fn, (3, 1, 40000, 32, 128)),
+  @parameterized.product(
+    dtype=(jnp.bfloat16, jnp.float8_e4m3fn),
+    # Prefill and decoding.
+    shape=((2, 200, 5001, 32, 128), (3, 1, 40000, 32, 128)),
   )
   def test_twenty_runs_are_bit_equal(self, dtype, shape):
     rng = np.random.default_rng(1)

@@ -9,63 +9,41 @@ Each module runs in child processes under a watchdog; what they write is in
 """
 
 import concurrent.futures
-import datetime
 import pathlib
-import subprocess
 import sys
 
 from absl import app, flags
 
-from tests.gpu import device, sharding
+from tests.gpu import device, reports, sharding
 
-_OPS = flags.DEFINE_list("ops", list(sharding.TESTED), "Ops, and generation.")
+_OPS = flags.DEFINE_list(
+  "ops", list(sharding.TESTED), "Ops, and hopper, dispatch, generation."
+)
 _JOBS = flags.DEFINE_integer(
   "jobs", 1, "Processes at the same time.", lower_bound=1
 )
-_LOG = flags.DEFINE_string("log", "", "Also write the summary here.")
+_LOG = flags.DEFINE_string("log", "", "Also write the log here.")
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/test-gpu", "Where the output of each process goes."
 )
 _TIMEOUT = flags.DEFINE_integer("timeout", 900, "Seconds for one process.")
 
-_VERSIONS = """
-import sys, jax, jaxlib
-from pallas_kernels.hopper import chip
-print(jax.devices()[0].device_kind, "jax", jax.__version__, "jaxlib",
-      jaxlib.__version__, jax.devices()[0].client.platform_version)
-try:
-  chip.chip()
-except NotImplementedError as reason:
-  sys.exit(f"There is no GPU to test: {reason}")
-"""
-
 
 def main(_):
   chosen = sharding.shards(_OPS.value)
-  lines = [
-    f"python -m tests.gpu.run_tests, {datetime.date.today().isoformat()}",
-    _versions(),
-  ]
-  print(*lines, sep="\n", flush=True)
-  failed = num_cases = 0
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    futures = [pool.submit(run, shard) for shard in chosen]
-    for future in concurrent.futures.as_completed(futures):
-      child = future.result()
-      failed += not child.passed
-      num_cases += device.num_cases(child.output)
-      lines += [child.line, *child.fault.splitlines()]
-      print(child.line, child.fault, sep="\n" if child.fault else "")
-      sys.stdout.flush()
-  lines.append(
-    f"{len(chosen) - failed} processes passed, {failed} failed;"
-    f" {num_cases} generated cases"
-  )
-  print(lines[-1])
-  if _LOG.value:
-    path = pathlib.Path(_LOG.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  with device.log(_LOG.value) as tell:
+    failed = num_cases = 0
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+      futures = [pool.submit(run, shard) for shard in chosen]
+      for future in concurrent.futures.as_completed(futures):
+        child = future.result()
+        failed += not child.passed
+        num_cases += reports.num_cases(child.output)
+        tell(child.line, *child.fault.splitlines())
+    tell(
+      f"{len(chosen) - failed} processes passed, {failed} failed;"
+      f" {num_cases} generated cases"
+    )
   sys.exit(failed > 0)
 
 
@@ -85,16 +63,6 @@ def run(shard: sharding.Shard) -> device.Child:
       "TEST_SHARD_INDEX": str(shard.index),
     },
   )
-
-
-def _versions():
-  """Card and versions, asked of a child: this process holds no GPU memory."""
-  child = subprocess.run(
-    device.python("-c", _VERSIONS), stdout=subprocess.PIPE, text=True
-  )
-  if child.returncode:
-    sys.exit(child.returncode)
-  return " ".join(child.stdout.split())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 """Runs each small call once under NVIDIA's compute-sanitizer.
 
   python -m tests.gpu.sanitize [--tools=memcheck,racecheck] [--calls=top_k]
+    [--log=FILE]
 
 memcheck finds accesses out of bounds, racecheck threads of a block that touch
 shared memory without a barrier between them. A tool makes a kernel hundreds of
@@ -10,7 +11,6 @@ times slower: the calls are small, and each has a watchdog.
 """
 
 import concurrent.futures
-import datetime
 import itertools
 import pathlib
 import sys
@@ -25,10 +25,9 @@ _JOBS = flags.DEFINE_integer(
   "jobs", 1, "Calls at the same time.", lower_bound=1
 )
 _TIMEOUT = flags.DEFINE_integer("timeout", 300, "Seconds for one call.")
+_LOG = flags.DEFINE_string("log", "", "Also write the log here.")
 _OUTPUT_DIR = flags.DEFINE_string(
-  "output_dir",
-  "runs/sanitize",
-  "Where sanitize.log and the output of each child go.",
+  "output_dir", "runs/sanitize", "Where the output of each child goes."
 )
 
 
@@ -36,19 +35,17 @@ def main(_):
   calls.check(_CALLS.value)
   sanitizer.check_tools(_CHOSEN.value)
   runs = list(itertools.product(_CHOSEN.value, _CALLS.value))
-  lines = [f"python -m tests.gpu.sanitize, {datetime.date.today().isoformat()}"]
   failed = 0
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+  with (
+    device.log(_LOG.value) as tell,
+    concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool,
+  ):
     children = pool.map(lambda run: sanitize(*run), runs)
     for (tool, _), child in zip(runs, children, strict=True):
       passed, line = sanitizer.verdict(tool, child)
       failed += not passed
-      lines.append(line)
-      print(line, flush=True)
-  lines.append(f"{len(runs) - failed} passed, {failed} failed")
-  print(lines[-1])
-  log = pathlib.Path(_OUTPUT_DIR.value) / "sanitize.log"
-  log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+      tell(line)
+    tell(f"{len(runs) - failed} passed, {failed} failed")
   sys.exit(failed > 0)
 
 

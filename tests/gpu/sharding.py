@@ -27,8 +27,9 @@ _SHARDS = {
 # Of each op, those that there are: the op's contract, drawn cases, and cases of
 # float8 latents.
 _KINDS = ("device", "generated", "float8")
-# What has device tests: the ops, and generation with the embedded model.
-TESTED = (*cases.OPS, "generation")
+# What has device tests: what the kernels are made of, the ops, the choice among
+# their implementations, and generation with the embedded model.
+TESTED = ("hopper", *cases.OPS, "dispatch", "generation")
 
 
 class Shard(NamedTuple):

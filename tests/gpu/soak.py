@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches each kernel many times: a wrong barrier hangs rarely.
 
-  python -m tests.gpu.soak [--launches=10000] [--calls=top_k]
+  python -m tests.gpu.soak [--launches=10000] [--calls=top_k] [--log=FILE]
 
 Each call runs in a child process under a watchdog; every thousandth result is
 compared with the first, bit by bit.
@@ -21,14 +21,13 @@ from tests.gpu import calls, device
 _LAUNCHES = flags.DEFINE_integer("launches", 10000, "Of each call.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Calls at the same time.")
 _TIMEOUT = flags.DEFINE_integer("timeout", 300, "Seconds for one call.")
+_LOG = flags.DEFINE_string("log", "", "Also write the log here.")
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/soak", "Where the output of each child goes."
 )
 _CHILD = flags.DEFINE_string("child", "", "Internal: the call of a child.")
-_COMPARE_EVERY = 1000
-
-
 _CALLS = flags.DEFINE_list("calls", list(calls.CALLS), "Calls.")
+_COMPARE_EVERY = 1000
 
 
 def main(_):
@@ -49,11 +48,14 @@ def main(_):
     )
 
   failed = 0
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+  with (
+    device.log(_LOG.value) as tell,
+    concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool,
+  ):
     for child in pool.map(run, _CALLS.value):
       failed += not child.passed
-      print(child.line, child.fault, sep="\n" if child.fault else "")
-      sys.stdout.flush()
+      tell(child.line, *child.fault.splitlines())
+    tell(f"{len(_CALLS.value) - failed} passed, {failed} failed")
   sys.exit(failed > 0)
 
 

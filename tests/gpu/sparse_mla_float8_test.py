@@ -31,7 +31,7 @@ _SHAPES = (
 # With it the one query of the first shape has rows, and the eight that decode
 # have all, holes, few, one and none.
 _SEED = 0
-_REPEATS = 5
+_REPEATS = 20
 # Queries of each cache that are compared with float64.
 _FEW = 7
 

@@ -80,7 +80,7 @@ def _expert_mlp():
 
 
 # Of each op with a kernel for Hopper: arguments that this fits, and the others.
-_OPS = {
+OPS = {
   "top_k": (lambda: (_normal(0, 4, 40, dtype=jnp.float32),), {"k": 8}),
   "indexer_scores": (lambda: (*_indexer(), *_bounds()), {}),
   "indexer_topk": (lambda: (*_indexer(), *_bounds()), {"k": 8}),
@@ -98,42 +98,42 @@ _OPS = {
 }
 
 
-def _call(op, implementation=None):
-  """The op of its arguments, and these."""
-  args, kwargs = _OPS[op]
+def call(op, implementation=None):
+  """The op as a function of its arguments, and these."""
+  args, kwargs = OPS[op]
   run = functools.partial(
     getattr(pallas_kernels, op), **kwargs, implementation=implementation
   )
-  return run, args()
+  return jax.jit(run), args()
 
 
 class OtherGPUsTest(parameterized.TestCase):
   """Every op on a GPU that its kernel was not made for."""
 
-  @parameterized.product(op=list(_OPS), kind=_OTHERS)
+  @parameterized.product(op=list(OPS), kind=_OTHERS)
   def test_a_named_kernel_raises(self, op, kind):
-    run, args = _call(op, "mosaic_gpu")
+    run, args = call(op, "mosaic_gpu")
     with (
       pretended.gpu(kind),
       self.assertRaisesRegex(NotImplementedError, _MESSAGE.format(kind)),
     ):
       run(*args)
 
-  @parameterized.product(op=list(_OPS), kind=_OTHERS)
+  @parameterized.product(op=list(OPS), kind=_OTHERS)
   def test_none_is_the_reference(self, op, kind):
-    run, args = _call(op)
+    run, args = call(op)
     with pretended.gpu(kind), pretended.choices() as choices:
       actual = run(*args)
     ((name, reasons),) = choices.values()
     self.assertEqual(name, "xla")
     self.assertRegex(reasons, _MESSAGE.format(kind))
-    reference, _ = _call(op, "xla")
+    reference, _ = call(op, "xla")
     expected = reference(*args)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
-  @parameterized.parameters(*_OPS)
+  @parameterized.parameters(*OPS)
   def test_on_hopper_none_is_the_kernel(self, op):
-    run, args = _call(op)
+    run, args = call(op)
     with (
       errors.unchecked(),
       pretended.gpu("NVIDIA H200"),
