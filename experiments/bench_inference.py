@@ -313,6 +313,7 @@ class Log:
     self._path = path
     self._provenance = {
       **common.environment(),
+      "command": common.command(),
       "preset": _PRESET.value,
       "num_layers": _LAYERS.value,
       "chunk_size": _CHUNK_SIZE.value,

@@ -6,8 +6,9 @@
 
 Each workload is checked before it is timed. A line of JSON a number: isolated
 (median of the driver's kernel times, caches flushed before each) and sustained
-(back to back, where the card's power limit counts); the rate; its share of the
-ceiling, which is the library's matrix product of the same dtype, or a copy.
+(median of batches, back to back, where the card's power limit counts); the
+rate; its share of the ceiling, which is the library's matrix product of the
+same dtype, or a copy; and what the program holds beside arguments and results.
 """
 
 import datetime
@@ -29,12 +30,12 @@ _REPEATS = flags.DEFINE_integer(
   "repeats", 7, "Isolated launches a median.", lower_bound=1
 )
 _LAUNCHES = flags.DEFINE_integer(
-  "launches", 40, "Back-to-back launches a mean.", lower_bound=1
+  "launches", 40, "Back-to-back launches, of all batches.", lower_bound=1
 )
 
 _COLUMNS = (
-  *("op", "shape", "mode", "ms", "rate", "unit", "share", "error"),
-  "fault",
+  *("op", "shape", "mode", "ms", "min_ms", "max_ms", "rate", "unit"),
+  *("share", "error", "temp_mib", "fault"),
 )
 
 
@@ -46,6 +47,7 @@ def main(argv):
   kernel_timing.require_gpu("bench_kernels")
   provenance = {
     **common.environment(),
+    "command": common.command(),
     "date": datetime.date.today().isoformat(),
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "kernels.jsonl"
@@ -86,14 +88,12 @@ def choose(
 
 def measure_ceilings(names: set[str]) -> dict[str, dict[str, float]]:
   """TFLOP/s or TB/s of the card, by ceiling and mode."""
-  ceilings = {}
-  for name in sorted(names):
-    if name == "copy":
-      copy = kernel_timing.copy_ceiling()
-      ceilings[name] = {"isolated": copy, "sustained": copy}
-    else:
-      ceilings[name] = kernel_timing.matmul_ceiling(name)
-  return ceilings
+  return {
+    name: kernel_timing.copy_ceiling()
+    if name == "copy"
+    else kernel_timing.matmul_ceiling(name)
+    for name in sorted(names)
+  }
 
 
 def ceiling_records(ceilings: dict[str, dict[str, float]]) -> list[dict]:
@@ -118,35 +118,54 @@ def bench(
   record = {"op": workload.op, "shape": workload.name}
   try:
     args = workload.make(jax.random.key(0))
-    out = jax.jit(workload.function)(*args)
-    error = workload.error(args, out)
-    del out
+    run = jax.jit(workload.function).lower(*args).compile()
+    record["error"] = workload.error(args, run(*args))
   except Exception as fault:
     # One kernel's fault is a result; the others are still wanted.
     return [{**record, "fault": f"{type(fault).__name__}: {fault}"[:500]}]
-  record["error"] = error
-  if not error <= workload.tolerance:
+  if not record["error"] <= workload.tolerance:
     return [{**record, "fault": f"error above {workload.tolerance}"}]
-  times = {
-    "isolated": kernel_timing.isolated_ms(
-      workload.function, *args, repeats=_REPEATS.value
-    ),
-    "sustained": kernel_timing.sustained_ms(
-      workload.function, *args, launches=_LAUNCHES.value
-    ),
-  }
+  record["temp_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
+  return [
+    {**record, **times, **rate(workload, times, ceilings)}
+    for times in measure(workload, run, args)
+  ]
+
+
+def measure(workload: kernel_workloads.Workload, run, args) -> list[dict]:
+  """Times of both modes.
+
+  Args:
+    workload: whose function is timed.
+    run: that function, compiled.
+    args: of it.
+  """
+  sustained = kernel_timing.sustained_ms(run, *args, launches=_LAUNCHES.value)
   return [
     {
-      **record,
-      "mode": mode,
-      "ms": ms,
-      "rate": workload.work / ms / 1e9,
-      "unit": workload.unit,
-      "share": workload.work / ms / 1e9 / ceilings[workload.ceiling][mode],
-      "ceiling": workload.ceiling,
-    }
-    for mode, ms in times.items()
+      "mode": "isolated",
+      "ms": kernel_timing.isolated_ms(
+        workload.function, *args, repeats=_REPEATS.value
+      ),
+    },
+    {
+      "mode": "sustained",
+      "ms": sustained.median,
+      "min_ms": sustained.min,
+      "max_ms": sustained.max,
+    },
   ]
+
+
+def rate(workload: kernel_workloads.Workload, times: dict, ceilings) -> dict:
+  """What the times of a mode come to, alone and beside the ceiling."""
+  found = workload.work / times["ms"] / 1e9
+  return {
+    "rate": found,
+    "unit": workload.unit,
+    "share": found / ceilings[workload.ceiling][times["mode"]],
+    "ceiling": workload.ceiling,
+  }
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 The layer is that of the model's code (projections, indexer, selection, sparse
 attention), over a whole sequence. "backward" is what training with the
 distillation loss adds to it: the output's gradient, and the divergence of the
-indexer from this layer's attention on the selected keys. Memory is what the
-compiled program holds beside its arguments and results.
+indexer from this layer's attention on the selected keys. Times are by the wall
+clock, the median of batches of back-to-back calls. Memory is what the compiled
+program holds beside its arguments and results.
 """
 
 import datetime
@@ -36,9 +37,12 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/layer", "Where layer.jsonl and layer.md go."
 )
 _LAUNCHES = flags.DEFINE_integer(
-  "launches", 3, "Back-to-back calls a mean.", lower_bound=1
+  "launches", 6, "Back-to-back calls, of all batches.", lower_bound=1
 )
-_COLUMNS = ("context", "layer", "phase", "implementation", "ms", "temp_gib")
+_COLUMNS = (
+  *("context", "layer", "phase", "implementation"),
+  *("ms", "min_ms", "max_ms", "temp_gib"),
+)
 
 
 def main(argv):
@@ -47,6 +51,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   provenance = {
     **common.environment(),
+    "command": common.command(),
     "preset": _PRESET.value,
     "date": datetime.date.today().isoformat(),
   }
@@ -133,8 +138,11 @@ class LayerBench:
       run = jax.grad(functools.partial(self._loss, is_full=is_full), (0, 1))
     compiled = jax.jit(run).lower(*args).compile()
     temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+    times = kernel_timing.wall_ms(compiled, *args, launches=launches)
     return {
-      "ms": kernel_timing.wall_ms(compiled, *args, launches=launches),
+      "ms": times.median,
+      "min_ms": times.min,
+      "max_ms": times.max,
       "temp_gib": temp_bytes / 2**30,
     }
 

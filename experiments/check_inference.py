@@ -74,6 +74,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   provenance = {
     **common.environment(),
+    "command": common.command(),
     "preset": _PRESET.value,
     "num_layers": _LAYERS.value,
     "context": _CONTEXT.value,

@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of GPU kernels: isolated, from the driver's counters, and sustained."""
 
+import collections
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,25 @@ import jax.numpy as jnp
 _FLUSH_FLOATS = 64 << 20
 # Below this a host's launch is slower than the kernel.
 _LAUNCH_BOUND_MS = 0.3
+# Of back-to-back calls, behind a first one that does not count.
+_BATCHES = 5
+# Calls that wait while one runs, so that the device never does; each holds its
+# result.
+_AHEAD = 2
+
+
+class Sustained(NamedTuple):
+  """Milliseconds of a call among others like it, by batch of calls.
+
+  Attributes:
+    median: over the batches, of a batch's mean.
+    min: of them.
+    max: of them.
+  """
+
+  median: float
+  min: float
+  max: float
 
 
 def require_gpu(script: str) -> None:
@@ -70,33 +92,52 @@ def kernel_times(function: Callable, *args) -> list[tuple[str, float]]:
   return measure(*args)[1]
 
 
-def sustained_ms(function: Callable, *args, launches: int = 40) -> float:
-  """Mean milliseconds of back-to-back calls, by the wall clock.
+def sustained_ms(run: Callable, *args, launches: int = 40) -> Sustained:
+  """Milliseconds of back-to-back calls, by the wall clock.
 
-  For kernels that are shorter than their launch, the mean of the driver's
-  kernel times instead.
+  For kernels that are shorter than their launch, the driver's kernel times
+  instead. Either way the calls come in equal batches. The clocks settle in the
+  first one, which is a warm-up and does not count.
+
+  Args:
+    run: compiled, of `args`.
+    *args: arrays.
+    launches: of all batches, rounded up to whole ones.
   """
-  run = jax.jit(function)
-  ms = wall_ms(run, *args, launches=launches)
-  if ms > _LAUNCH_BOUND_MS:
-    return ms
+  found = wall_ms(run, *args, launches=launches)
+  if found.median > _LAUNCH_BOUND_MS:
+    return found
   from jax.experimental.mosaic.gpu import profiler
 
-  _, times = profiler.Cupti(finalize=False).measure(run, iterations=launches)(
-    *args
+  size = _batch_size(launches)
+  measure = profiler.Cupti(finalize=False).measure
+  _, times = measure(run, iterations=size * (1 + _BATCHES))(*args)
+  _, *batches = map(statistics.mean, itertools.batched(times, size))
+  return _summary(batches)
+
+
+def wall_ms(run: Callable, *args, launches: int) -> Sustained:
+  """As `sustained_ms`, by the wall clock whatever a call takes."""
+  size = _batch_size(launches)
+  waiting = collections.deque(run(*args) for _ in range(_AHEAD))
+  ends = []
+  for _ in range(1 + _BATCHES):
+    for _ in range(size):
+      waiting.append(run(*args))
+      jax.block_until_ready(waiting.popleft())
+    ends.append(time.perf_counter())
+  jax.block_until_ready(list(waiting))
+  return _summary(
+    [(end - begin) / size * 1e3 for begin, end in itertools.pairwise(ends)]
   )
-  return statistics.mean(times)
 
 
-def wall_ms(run: Callable, *args, launches: int) -> float:
-  """Mean milliseconds of back-to-back calls of a compiled function."""
-  for _ in range(2):
-    jax.block_until_ready(run(*args))
-  begin = time.perf_counter()
-  for _ in range(launches):
-    out = run(*args)
-  jax.block_until_ready(out)
-  return (time.perf_counter() - begin) / launches * 1e3
+def _batch_size(launches):
+  return -(-launches // (1 + _BATCHES))
+
+
+def _summary(batches):
+  return Sustained(statistics.median(batches), min(batches), max(batches))
 
 
 def matmul_ceiling(dtype, size: int = 8192) -> dict[str, float]:
@@ -110,14 +151,18 @@ def matmul_ceiling(dtype, size: int = 8192) -> dict[str, float]:
   def product(a, b):
     return jnp.matmul(a, b.T, preferred_element_type=jnp.bfloat16)
 
-  flops = 2 * size**3
-  return {
-    "isolated": flops / isolated_ms(product, a, b) / 1e9,
-    "sustained": flops / sustained_ms(product, a, b, launches=100) / 1e9,
-  }
+  return _rates(2 * size**3, product, a, b)
 
 
-def copy_ceiling(num_bytes: int = 4 << 30) -> float:
-  """TB/s of a copy, bytes read plus bytes written."""
+def copy_ceiling(num_bytes: int = 4 << 30) -> dict[str, float]:
+  """TB/s of a copy, bytes read plus bytes written, likewise."""
   x = jnp.zeros(num_bytes // 4, jnp.int32)
-  return 2 * num_bytes / isolated_ms(lambda x: x + 1, x) / 1e9
+  return _rates(2 * num_bytes, lambda x: x + 1, x)
+
+
+def _rates(work, function, *args):
+  sustained = sustained_ms(jax.jit(function), *args, launches=100)
+  return {
+    "isolated": work / isolated_ms(function, *args) / 1e9,
+    "sustained": work / sustained.median / 1e9,
+  }

@@ -81,10 +81,11 @@ def main(argv):
       name: kernel_timing.matmul_ceiling(name)["sustained"] * 1e12
       for name in {"bfloat16", *_KEY_DTYPES.value}
     },
-    kernel_timing.copy_ceiling() * 1e12,
+    kernel_timing.copy_ceiling()["isolated"] * 1e12,
   )
   provenance = {
     **common.environment(),
+    "command": common.command(),
     "preset": _PRESET.value,
     "flops": rates.flops,
     "bandwidth": rates.bandwidth,

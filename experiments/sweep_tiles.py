@@ -269,6 +269,7 @@ def main(argv):
   kernel_timing.require_gpu("sweep_tiles")
   provenance = {
     **common.environment(),
+    "command": common.command(),
     "date": datetime.date.today().isoformat(),
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "tiles.jsonl"

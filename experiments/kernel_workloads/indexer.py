@@ -56,8 +56,12 @@ def _widened(args):
   )
 
 
+# Queries, keys.
+_SCORES = ((4096, 32768), (4096, 131072), (512, 1048576))
+
+
 def indexer_scores() -> list[base.Workload]:
-  """Prefill of both head counts and dtypes."""
+  """Prefill of both head counts and dtypes, and a million keys."""
 
   def run(*args):
     return pk.indexer_scores(*args[:5], key_scale=args[5])
@@ -77,11 +81,11 @@ def indexer_scores() -> list[base.Workload]:
   return [
     base.Workload(
       op="indexer_scores",
-      name=f"4096x{num_keys} {heads} heads {_dtype_name(dtype)}",
+      name=f"{queries}x{num_keys} {heads} heads {_dtype_name(dtype)}",
       make=functools.partial(
         indexer_inputs,
         batch=1,
-        num_queries=4096,
+        num_queries=queries,
         num_keys=num_keys,
         heads=heads,
         dtype=dtype,
@@ -89,12 +93,12 @@ def indexer_scores() -> list[base.Workload]:
       function=run,
       error=check,
       tolerance=_SCORE_ERROR[jnp.dtype(dtype).name],
-      work=2 * base.causal_pairs(4096, num_keys) * heads * 128,
+      work=2 * base.causal_pairs(queries, num_keys) * heads * 128,
       unit="TFLOP/s",
       ceiling=jnp.dtype(dtype).name,
     )
     for dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
-    for num_keys in (32768, 131072)
+    for queries, num_keys in _SCORES
     for heads in (64, 32)
   ]
 

@@ -15,8 +15,10 @@ _SPARSE_MLA = {
   "4096x32768 128 heads": (1, 4096, 32768, 128),
   "4096x32768 64 heads": (1, 4096, 32768, 64),
   "4096x32768 32 heads": (1, 4096, 32768, 32),
+  "4096x32768 20 heads": (1, 4096, 32768, 20),
   "4096x131072 128 heads": (1, 4096, 131072, 128),
   "4096x131072 64 heads": (1, 4096, 131072, 64),
+  "4096x131072 32 heads": (1, 4096, 131072, 32),
   "4096x131072 20 heads": (1, 4096, 131072, 20),
   "4096x1048576 64 heads": (1, 4096, 1048576, 64),
   "decode b1 131072 64 heads": (1, 1, 131072, 64),
@@ -30,6 +32,13 @@ _FLOAT8_LATENTS = (
   "decode b1 131072 64 heads",
   "decode b8 131072 64 heads",
   "decode b64 131072 64 heads",
+)
+# Queries, keys, heads.
+_BACKWARD = (
+  (2048, 8192, 64),
+  (2048, 8192, 128),
+  (2048, 131072, 64),
+  (2048, 1048576, 64),
 )
 
 
@@ -111,10 +120,10 @@ def sparse_mla() -> list[base.Workload]:
 
 
 def sparse_mla_backward() -> list[base.Workload]:
-  """The gradient of a training step's queries."""
+  """The gradient of a training step's queries, up to a million keys."""
 
-  def make(key, heads):
-    query, kv_latent, selected = _mla_inputs(key, 1, 2048, 8192, heads)
+  def make(key, queries, num_keys, heads):
+    query, kv_latent, selected = _mla_inputs(key, 1, queries, num_keys, heads)
     out, vjp = base.pull_back(
       lambda q, kv: _attend(q, kv, selected), query, kv_latent
     )
@@ -140,14 +149,16 @@ def sparse_mla_backward() -> list[base.Workload]:
   return [
     base.Workload(
       op="sparse_mla_backward",
-      name=f"2048x8192 {heads} heads",
-      make=functools.partial(make, heads=heads),
+      name=f"{queries}x{num_keys} {heads} heads",
+      make=functools.partial(
+        make, queries=queries, num_keys=num_keys, heads=heads
+      ),
       function=lambda vjp, grad, *_: vjp(grad),
       error=check,
       tolerance=8e-3,
-      work=2 * 2048 * heads * 2048 * (3 * 576 + 2 * 512),
+      work=2 * queries * heads * 2048 * (3 * 576 + 2 * 512),
       unit="TFLOP/s",
       ceiling="bfloat16",
     )
-    for heads in (64, 128)
+    for queries, num_keys, heads in _BACKWARD
   ]

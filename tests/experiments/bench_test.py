@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The timing scripts: that they run and say what they can't; never a time."""
 
+import collections
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from unittest import mock
 
 from absl.testing import absltest
 
+from experiments import kernel_workloads
 from tests.experiments import scripts_test
 
 _PROFILED = """
@@ -40,6 +42,41 @@ with mock.patch.object(profile_layer.kernel_timing, "kernel_times", times):
 rates = profile_layer.Rates({"float32": 1e12, "float8_e4m3fn": 2e12}, 1e12)
 found = profile_layer.summarize(cases[0], kernels[0], rates)
 print(", ".join(f"{record['kind']} {record['ms']}" for record in found))
+"""
+
+
+# Small calls of the workloads that have a million keys, with times made up.
+_WORKLOADS = """
+from absl import flags
+from experiments import bench_kernels, kernel_timing
+from experiments.kernel_workloads import distillation, sparse_mla, topk
+
+kernel_timing.isolated_ms = lambda function, *args, repeats: 2.0
+kernel_timing.sustained_ms = lambda run, *args, launches: (
+  kernel_timing.Sustained(4.0, 3.0, 5.0)
+)
+topk._TOP_K = {"9x4096": (9, 4096, "normal")}
+sparse_mla._BACKWARD = ((9, 4096, 2),)
+distillation._QUERIES, distillation._HEADS = 9, 2
+distillation._NUM_KEYS = (4096,)
+distillation._DENSE = ((9, 64, 2),)
+flags.FLAGS(["bench_kernels"])
+rates = {"isolated": 1.0, "sustained": 2.0}
+for workload in (
+  *topk.top_k(),
+  *sparse_mla.sparse_mla_backward(),
+  *distillation.selected_scores(),
+  *distillation.dense_attention(),
+):
+  isolated, sustained = bench_kernels.bench(
+    workload, {"bfloat16": rates, "copy": rates}
+  )
+  assert isolated["rate"] == isolated["share"] == workload.work / 2e9, isolated
+  assert isolated["temp_mib"] > 0 and "min_ms" not in isolated, isolated
+  found = [sustained[name] for name in ("ms", "min_ms", "max_ms", "temp_mib")]
+  assert found == [4.0, 3.0, 5.0, isolated["temp_mib"]], sustained
+  assert sustained["share"] == sustained["rate"] / 2, sustained
+  print(workload.op, workload.name)
 """
 
 
@@ -138,7 +175,36 @@ class BenchTest(scripts_test.ScriptCase):
       f"--output_dir={self.folder}",
     )
     self.assert_succeeds(done)
-    self.assertLen(self.records("layer.jsonl"), 4)
+    records = self.records("layer.jsonl")
+    self.assertLen(records, 4)
+    for record in records:
+      self.assertIn("-m experiments.bench_layer --preset", record["command"])
+      self.assertBetween(record["ms"], record["min_ms"], record["max_ms"])
+
+  def test_a_million_keys_of_every_op_beside_fewer(self):
+    names = collections.defaultdict(list)
+    for workload in kernel_workloads.workloads():
+      names[workload.op].append(workload.name)
+    # It has no keys.
+    del names["expert_mlp"]
+    for op, found in names.items():
+      self.assertLen(set(found), len(found), op)
+      for num_keys in ("x1048576", "x131072"):
+        self.assertTrue(any(num_keys in name for name in found), (op, num_keys))
+
+  def test_what_a_workload_records(self):
+    done = scripts_test.run_python("-c", _WORKLOADS)
+    self.assert_succeeds(done)
+    self.assertEqual(
+      done.stdout.splitlines(),
+      [
+        "top_k 9x4096",
+        "sparse_mla_backward 9x4096 2 heads",
+        "selected_indexer_scores 9x4096 2 heads",
+        "selected_indexer_scores_backward 9x4096 2 heads",
+        "dense_mla_residuals 9x64 2 heads",
+      ],
+    )
 
   def test_kinds_of_kernels_of_a_layer(self):
     """All but the driver's times, which a CPU has not."""

@@ -32,7 +32,7 @@ class Case:
     temp_bytes: the most that the compiled call may hold beside its arguments
       and results.
     subset: whether CI compiles it.
-    spill_bytes: the most that a kernel may spill: 0 in ours.
+    spill_bytes: the most that a kernel may spill: 0 in all but JAX's own.
   """
 
   op: str

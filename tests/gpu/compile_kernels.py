@@ -3,6 +3,7 @@
 """Compiles every GPU kernel for sm_90a, on a machine without a GPU.
 
   python -m tests.gpu.compile_kernels [--ops=topk] [--name=128k] [--subset]
+    [--log=FILE]
 
 Through ptxas, which refuses what lowering alone accepts. A case fails on an
 error, on a register spill, on temporary memory above its bound and on machine
@@ -11,8 +12,12 @@ code that ptxas is known to get wrong.
 
 import contextlib
 import ctypes
+import datetime
 import os
+import pathlib
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,16 +36,21 @@ from tests.gpu import disassembly  # noqa: E402
 _OPS = flags.DEFINE_list("ops", list(cases_lib.OPS), "Ops.")
 _NAME = flags.DEFINE_string("name", "", "Only cases with this in their name.")
 _SUBSET = flags.DEFINE_bool("subset", False, "The few cases that CI compiles.")
+_LOG = flags.DEFINE_string("log", "", "Also write what is printed here.")
 
 _SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def main(_):
-  import jax
-
   disassembly.set_environment()
-  print(f"jax {jax.__version__}, sm_90a")
+  lines = []
+
+  def tell(line):
+    print(line, flush=True)
+    lines.append(line)
+
+  tell(provenance())
   chosen = [
     case
     for case in cases_lib.all_cases(_OPS.value)
@@ -53,12 +63,40 @@ def main(_):
     failed += fault is not None
     word = "passed" if fault is None else "FAILED"
     seconds = time.monotonic() - begin
-    print(
-      f"{word} {case.op} {case.name} {seconds:.1f}s {fault or facts}",
-      flush=True,
-    )
-  print(f"{len(chosen) - failed} passed, {failed} failed")
+    tell(f"{word} {case.op} {case.name} {seconds:.1f}s {fault or facts}")
+  tell(f"{len(chosen) - failed} passed, {failed} failed")
+  if _LOG.value:
+    path = pathlib.Path(_LOG.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
   sys.exit(failed > 0 or not chosen)
+
+
+def provenance() -> str:
+  """The command, the versions and the commit, "+" if it was changed since."""
+  import jax
+  import jaxlib
+
+  return (
+    f"{shlex.join(['python', *sys.orig_argv[1:]])}, {datetime.date.today()}\n"
+    f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, sm_90a,"
+    f" commit {_commit()}"
+  )
+
+
+def _commit():
+  try:
+    return subprocess.run(
+      [
+        *("git", "-C", str(pathlib.Path(__file__).parent), "describe"),
+        *("--always", "--exclude=*", "--abbrev=12", "--dirty=+"),
+      ],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
 
 
 def check(case):

@@ -11,8 +11,11 @@ import pallas_kernels
 from pallas_kernels.dense_attention import shapes
 from tests.gpu.cases import Case
 
-# Lengths that no block divides.
-_ODD = {"odd": shapes.Shape(2, 77, 3001, 20, 100)}
+# A million keys, and lengths that no block divides.
+_MORE = {
+  "glm_5_1m": shapes.Shape(1, 128, 1048576, 64, 576),
+  "odd": shapes.Shape(2, 77, 3001, 20, 100),
+}
 
 
 def cases() -> list[Case]:
@@ -37,6 +40,6 @@ def cases() -> list[Case]:
       subset=name in ("glm_5_32k", "odd"),
     )
     for name, (batch, queries, keys, heads, width) in (
-      shapes.SHAPES | _ODD
+      shapes.SHAPES | _MORE
     ).items()
   ]

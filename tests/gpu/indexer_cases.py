@@ -11,14 +11,22 @@ import pallas_kernels
 from pallas_kernels.indexer import shapes
 from tests.gpu.cases import Case
 
-# What the tables of real models lack: lengths that no tile divides, and
-# several queries a step.
-_ODD = {
+# What the tables of real models lack: lengths that no tile divides, several
+# queries a step, a chunk of queries of a million keys.
+_MORE = {
   "odd": shapes.Shape(2, 1001, 30001, 24, 100, 2048),
+  "glm_5_prefill_1m": shapes.Shape(1, 512, 1048576, 32, 128, 2048),
+  "deepseek_v32_prefill_1m": shapes.Shape(1, 512, 1048576, 64, 128, 2048),
   "glm_47_flash_verify_128k": shapes.Shape(4, 3, 131072, 32, 128, 2048),
 }
+_ALL = shapes.SHAPES | _MORE
 _SUBSET = ("glm_5_prefill_32k", "glm_5_decode_128k", "odd")
-_WHOLE = ("deepseek_v32_prefill_128k", "glm_5_prefill_128k")
+_WHOLE = (
+  "deepseek_v32_prefill_128k",
+  "glm_5_prefill_128k",
+  "deepseek_v32_prefill_1m",
+  "glm_5_prefill_1m",
+)
 
 
 def cases() -> list[Case]:
@@ -35,9 +43,9 @@ def cases() -> list[Case]:
       subset=kind == "topk" and name in _SUBSET,
     )
     for kind, table in (
-      ("topk", shapes.SHAPES | _ODD),
+      ("topk", _ALL),
       # In one piece, not in chunks.
-      ("scores", {name: shapes.SHAPES[name] for name in _WHOLE}),
+      ("scores", {name: _ALL[name] for name in _WHOLE}),
     )
     for name, shape in table.items()
     for dtype in (jnp.bfloat16, jnp.float8_e4m3fn)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from pallas_kernels.hopper import row_sums
 from pallas_kernels.indexer import shapes
 from tests.gpu.cases import Case
 
@@ -17,6 +18,7 @@ _SHAPES = {
     for name, s in shapes.SHAPES.items()
     if "decode" not in name and s.dim % 64 == 0
   },
+  "glm_5_prefill_1m": shapes.Shape(1, 4096, 1048576, 32, 128, 2048),
   "glm_5_train_8k": shapes.Shape(2, 8192, 8192, 32, 128, 2048),
   "paper_train_8k": shapes.Shape(4, 8192, 8192, 16, 64, 256),
   "dim_64": shapes.Shape(2, 13, 40, 12, 64, 8),
@@ -57,6 +59,7 @@ def _cases(name, shape):
       name=name,
       function=_scores,
       arguments=arguments,
+      temp_bytes=1 << 24,
       subset=subset,
     ),
     Case(
@@ -64,6 +67,10 @@ def _cases(name, shape):
       name=f"{name}_gradients",
       function=_gradients,
       arguments=[*arguments, grad],
+      # The sums of all rows in float32 exceed a GiB at a million keys.
+      temp_bytes=max(
+        1 << 30, 4 * batch * num_keys * dim + row_sums.CHUNK_BYTES
+      ),
       subset=subset,
     ),
   ]

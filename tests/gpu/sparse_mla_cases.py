@@ -44,6 +44,8 @@ def cases() -> list[Case]:
         found.append(_case(f"{model}_decode_of_{batch}_{length}", decode))
   edges = {
     "tiny": shapes.SHAPES["tiny"],
+    "32_heads_32k": shapes.Shape(1, 4096, 32768, 32, 576, 512, 2048),
+    "32_heads_128k": shapes.Shape(1, 4096, 131072, 32, 576, 512, 2048),
     "small_model": shapes.Shape(2, 512, 512, 8, 192, 128, 64),
     "no_rope": shapes.Shape(1, 512, 4096, 64, 512, 512, 2048),
     "odd_heads": shapes.Shape(1, 512, 4096, 65, 576, 512, 2000),
