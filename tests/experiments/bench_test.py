@@ -160,8 +160,10 @@ class BenchTest(scripts_test.ScriptCase):
     for exact in (*records[:2], *records[3:5]):
       self.assertEqual(exact["logits_error"], 0)
       self.assertEqual(exact["same_keys"], 1)
+      self.assertEqual(exact["same_keys_as_fast"], 1)
     for rounded in records[2::3]:
       self.assertGreater(rounded["decode_logits_error"], 0)
+      self.assertEqual(rounded["same_keys_as_fast"], rounded["same_keys"])
     # Two models.
     self.assertNotEqual(records[2]["logits_error"], records[5]["logits_error"])
 
