@@ -15,8 +15,6 @@ stands what kernels account for: the speed-up if the time of the removed
 indexers' kernels alone went away.
 """
 
-import concurrent.futures
-import dataclasses
 import datetime
 import json
 import os
@@ -31,7 +29,13 @@ import numpy as np
 from absl import flags, logging
 
 import indexcache_jax as ic
-from experiments import common, inference_report, random_model
+from experiments import (
+  common,
+  inference_programs,
+  inference_report,
+  inference_series,
+  random_model,
+)
 from indexcache_jax import costs, generation, presets
 
 _PRESET = flags.DEFINE_enum(
@@ -80,12 +84,6 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/inference", "Where inference.jsonl, .md and .png go."
 )
 
-# Appendix B of the paper.
-PAPER_PATTERNS = {
-  "1/2": "FSFSFSSSSFSFFFFSFFSSFFSFFFSSFFSSFSSSSFSFFFSFSSF",
-  "1/4": "FSFSFSSSSFSSSFSSFFSSFSSFSSSSFSSSFSSSSFSSSSSSSSS",
-  "1/8": "FSSSFSSSSSSSSFSSSFSSSSSFSSSSFSSSSSSSSFSSSSSSSSS",
-}
 # Bytes that caches leave free for activations and what XLA compiles.
 _ACTIVATION_BYTES = 6 << 30
 # Of the device, for JAX's arrays: its default of 0.75 would bound the largest
@@ -109,7 +107,7 @@ def main(argv):
   folder = pathlib.Path(_OUTPUT_DIR.value)
   log = Log(folder / "inference.jsonl")
   series = [
-    Series(name, key_dtype, series_config(config, name, key_dtype))
+    inference_series.series(config, name, key_dtype)
     for key_dtype in _KEY_DTYPES.value
     for name in _SCHEDULES.value
   ]
@@ -121,56 +119,6 @@ def main(argv):
     inference_report.write(folder, log.records, profile)
   print(inference_report.table(log.records, profile))
   print(f"\n{inference_report.indexer_table(log.records)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-  """A schedule and a dtype of the index keys.
-
-  Attributes:
-    name: of the schedule.
-    key_dtype: of the index keys, by name.
-    config: of the model under both.
-  """
-
-  name: str
-  key_dtype: str
-  config: ic.SparseTransformerConfig
-
-  @property
-  def labels(self) -> dict:
-    """What its records have in common."""
-    return {
-      "schedule": self.name,
-      "num_full": self.config.schedule.num_full,
-      "index_keys": self.key_dtype,
-    }
-
-
-def series_config(config, name: str, key_dtype: str):
-  """The model under a schedule, with index keys of a dtype."""
-  if key_dtype not in ("bfloat16", "float8_e4m3fn"):
-    raise ValueError(
-      "`--index_key_dtypes` must be bfloat16 or float8_e4m3fn: got"
-      f" {key_dtype!r}."
-    )
-  return config.replace(
-    schedule=parse_schedule(name, config.num_hidden_layers),
-    index_key_dtype=jnp.float8_e4m3fn if key_dtype[0] == "f" else None,
-  )
-
-
-def parse_schedule(name: str, num_layers: int) -> ic.ReuseSchedule:
-  """The paper's pattern of that name, or any notation."""
-  pattern = PAPER_PATTERNS.get(name)
-  if pattern is None:
-    return ic.ReuseSchedule.parse(name, num_layers)
-  if len(pattern) != num_layers:
-    raise ValueError(
-      f"`--schedules={name}` is the paper's pattern of {len(pattern)} layers:"
-      f" got a model of {num_layers}. Give a pattern, uniform:N or freq:N."
-    )
-  return ic.ReuseSchedule.from_pattern(pattern)
 
 
 def make_params(config, log: "Log") -> dict:
@@ -203,18 +151,17 @@ def compile_all(series, params, contexts, log: "Log") -> None:
   common.require_compilation_cache("`--compile_jobs` above 1")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   begin = time.perf_counter()
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    # The first compile while Python still traces the next.
-    compiling = [
-      pool.submit(program.compile)
+  programs = inference_programs.compile_all(
+    (
+      program
       for one in series
       for program in lower_programs(one.config, params, contexts)
-    ]
-    for program in compiling:
-      program.result()
+    ),
+    _JOBS.value,
+  )
   log.add(
     metric="compile_all",
-    programs=len(compiling),
+    programs=programs,
     jobs=_JOBS.value,
     seconds=time.perf_counter() - begin,
   )
@@ -224,13 +171,8 @@ def lower_programs(config, params, contexts) -> Iterator:
   """A chunk of prefill, and a block of decoding for each number of requests."""
   capacity = cache_capacity(contexts)
   if "prefill" in _PHASES.value:
-    cache = jax.eval_shape(lambda: ic.init_cache(config, 1, capacity))
-    yield generation.extend.lower(
-      ic.SparseTransformer(config),
-      params,
-      _int32(1, _CHUNK_SIZE.value),
-      _int32(1),
-      cache,
+    yield inference_programs.lower_prefill(
+      config, params, _CHUNK_SIZE.value, capacity
     )
   if "decode" in _PHASES.value:
     sizes = [(1, capacity)]
@@ -239,30 +181,7 @@ def lower_programs(config, params, contexts) -> Iterator:
       for requests in batches(config, params)
     ]
     for size in sizes:
-      yield lower_decoding(config, params, *size)
-
-
-def lower_decoding(config, params, batch, capacity):
-  """A block of decoding for `batch` requests with caches of `capacity`."""
-  state = generation.DecodeState(
-    jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32),
-    jax.eval_shape(lambda: ic.init_cache(config, batch, capacity)),
-    jax.ShapeDtypeStruct((batch,), bool),
-    _int32(),
-  )
-  return generation.decode_block.lower(
-    ic.SparseTransformer(config),
-    params,
-    state,
-    jax.random.key(0),
-    None,
-    _int32(0),
-    _int32(),
-  )
-
-
-def _int32(*sizes):
-  return jax.ShapeDtypeStruct(sizes, jnp.int32)
+      yield inference_programs.lower_decoding(config, params, *size)
 
 
 class Requests(NamedTuple):
@@ -338,7 +257,7 @@ class Log:
 class Bench:
   """A model under one schedule, with its two compiled programs."""
 
-  def __init__(self, series: Series, params, log: Log):
+  def __init__(self, series: inference_series.Series, params, log: Log):
     """Keeps what the runs share."""
     self._config = series.config
     self._labels = series.labels
