@@ -28,8 +28,8 @@ _SHARDS = {
 # float8 latents.
 _KINDS = ("device", "generated", "float8")
 # What has device tests: what the kernels are made of, the ops, the choice among
-# their implementations, and generation with the embedded model.
-TESTED = ("hopper", *cases.OPS, "dispatch", "generation")
+# their implementations, training, and generation with the embedded model.
+TESTED = ("hopper", *cases.OPS, "dispatch", "training", "generation")
 
 
 class Shard(NamedTuple):
