@@ -119,16 +119,16 @@ def bench(
   try:
     args = workload.make(jax.random.key(0))
     run = jax.jit(workload.function).lower(*args).compile()
+    record["temp_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
     record["error"] = workload.error(args, run(*args))
+    if not record["error"] <= workload.tolerance:
+      return [{**record, "fault": f"error above {workload.tolerance}"}]
+    found = measure(workload, run, args)
   except Exception as fault:
     # One kernel's fault is a result; the others are still wanted.
     return [{**record, "fault": f"{type(fault).__name__}: {fault}"[:500]}]
-  if not record["error"] <= workload.tolerance:
-    return [{**record, "fault": f"error above {workload.tolerance}"}]
-  record["temp_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
   return [
-    {**record, **times, **rate(workload, times, ceilings)}
-    for times in measure(workload, run, args)
+    {**record, **times, **rate(workload, times, ceilings)} for times in found
   ]
 
 

@@ -73,9 +73,9 @@ def table(records: list[dict], profile: list[dict]) -> str:
 def _batch_lines(records):
   """Of as many requests as fit, which are more where caches are smaller."""
   found = {
-    (r["index_keys"], r["context"], -r["num_full"]): r
+    (r["index_keys"], r["context"], -r["num_full"], r["schedule"]): r
     for r in records
-    if r["metric"] == "decode" and r["batch"] > 1
+    if r["metric"] == "decode" and r.get("batch", 1) > 1
   }
   base = {
     (r["index_keys"], r["context"]): r["tokens_per_second"]
@@ -83,7 +83,7 @@ def _batch_lines(records):
     if r["schedule"] == "full"
   }
   lines = []
-  for (keys, context, _), r in sorted(found.items()):
+  for (keys, context, *_), r in sorted(found.items()):
     rate = r["tokens_per_second"]
     full = base.get((keys, context))
     ratio = f"{rate / full:.3g}x" if full else ""

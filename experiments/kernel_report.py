@@ -14,7 +14,10 @@ _UNITS = {"ms": 1.0, "us": 1e3}
 
 
 def latest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
-  """The last time of each op, shape and mode; runs stand in their order."""
+  """The last time of each op, shape and mode; runs stand in their order.
+
+  A fault takes no earlier time away: `bench_kernels` shows it.
+  """
   return {
     (record["op"], record["shape"], record["mode"]): record
     for record in records
@@ -62,6 +65,9 @@ def yardstick_table(figures: Figures, yardsticks: Sequence[Record]) -> str:
   for one in yardsticks:
     record = figures.get((one["op"], one["shape"], one["mode"]))
     if record is None:
+      wanted = (_number(one.get(key)) for key in ("must", "aim"))
+      name = f"{one['op']} {one['shape']}"
+      lines.append((name, one["mode"], *wanted, "not measured", "", "", ""))
       continue
     value, gain = _value(record, one["unit"])
     peer = one.get("peer")
@@ -94,6 +100,8 @@ def length_table(figures: Figures, pairs: Sequence[Record]) -> str:
       for key in ("shape", "longer")
     )
     if first is None or second is None:
+      shapes = (pair["shape"], pair["longer"])
+      lines.append((pair["op"], *shapes, "not measured", ""))
       continue
     lines.append(
       (

@@ -38,10 +38,10 @@ def main(argv):
   if path.is_file():
     yardsticks = json.loads(path.read_text(encoding="utf-8"))
     parts += [
-      "# Beside what was wanted, and beside CUDA kernels",
+      "## Beside what was wanted, and beside CUDA kernels",
       yardsticks["note"],
       kernel_report.yardstick_table(figures, yardsticks["yardsticks"]),
-      "# A million keys",
+      "## A million keys",
       kernel_report.length_table(figures, yardsticks["lengths"]),
     ]
   common.write_text(folder / "kernels.md", "\n\n".join(parts) + "\n")

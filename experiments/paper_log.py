@@ -18,18 +18,29 @@ _HEAD = ("seed", "part", "stage", "first_step", "steps", *_MEANS, "seconds")
 
 
 def write(folders: Sequence[pathlib.Path], path: pathlib.Path) -> None:
-  """Writes a line for every 20 steps of each training; none without logs.
+  """Writes a line for every 20 steps of each training.
 
   Args:
-    folders: of `paper_runs`, one a seed.
-    path: of the CSV: means, and the median of the seconds of a step.
+    folders: of `paper_runs`, one a seed; of some only measurements may be left.
+    path: of the CSV: means, and the median of the seconds of a step. The lines
+      that it has of seeds without logs here stay.
   """
   lines = [line for folder in folders for line in _lines(folder)]
   if not lines:
     return
+  seeds = {line[0] for line in lines}
+  lines = [line for line in _written(path) if line[0] not in seeds] + lines
+  lines.sort(key=lambda line: int(line[0]))
   content = io.StringIO()
   csv.writer(content, lineterminator="\n").writerows([_HEAD, *lines])
   common.write_text(path, content.getvalue())
+
+
+def _written(path):
+  if not path.exists():
+    return []
+  _, *lines = csv.reader(path.read_text().splitlines())
+  return lines
 
 
 def _lines(folder):

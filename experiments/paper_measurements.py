@@ -117,7 +117,14 @@ def searches(
       "searches": {name: _search(model, name) for name in CALIBRATION_SETS},
     }
     common.write_text(path, json.dumps(record, indent=1) + "\n")
-  return json.loads(path.read_text(encoding="utf-8"))["searches"]
+  found = json.loads(path.read_text(encoding="utf-8"))
+  if "searches" not in found:
+    raise ValueError(
+      f"{path} must hold `searches` with their provenance: got"
+      f" {', '.join(found)}. It is of an older version: remove it, and the"
+      " search is done again."
+    )
+  return found["searches"]
 
 
 def provenance() -> dict[str, Any]:
@@ -203,7 +210,7 @@ def measure_training_free(
 
   Args:
     model: the base model.
-    searches: of `search_all`.
+    searches: of `searches`.
     overlap: of `measure_overlap`, the only guide of the rule "by overlap".
   """
   loss_fn = ic.LayerwiseLoss(

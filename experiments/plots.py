@@ -188,7 +188,7 @@ def curves_by_retention(
       )
   _retention_axis(axes)
   axes.set_ylabel(label)
-  axes.set_title("mean of the seeds, a mark each")
+  axes.set_title("mean of the seeds, a dot each")
   axes.grid(alpha=0.3)
   axes.legend()
   _write(path, figure)

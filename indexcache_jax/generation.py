@@ -50,10 +50,10 @@ def prefill(
     params: its parameters.
     tokens: padded at the right.
     lengths: real tokens of each row, at least 1.
-    cache: with room for them behind what it holds.
-    chunk_size: tokens of a chunk, at most the cache's capacity; activations
-      are linear in it. The last chunk is padded, so that one compilation
-      serves all lengths of prompts. None: all at once.
+    cache: of as many rows, with room for `lengths` behind what it holds.
+    chunk_size: tokens of a chunk, cut to the cache's capacity; activations are
+      linear in it. The last chunk is padded, so that one compilation serves
+      all lengths of prompts. None: all at once.
 
   Returns:
     Next-token logits of every row, and the cache. The numbers are those of
@@ -66,12 +66,13 @@ def prefill(
   # On the host: slices there start no program of their own.
   tokens = np.asarray(tokens)
   lengths = np.asarray(lengths, np.int32)
-  size = tokens.shape[1] if chunk_size is None else chunk_size
-  if size < 1:
+  if chunk_size is not None and chunk_size < 1:
     raise ValueError(f"`chunk_size` must be at least 1: got {chunk_size}.")
   _check_rows(model.config, tokens, lengths, cache)
+  tokens = tokens[:, : lengths.max()]
+  size = tokens.shape[1]
   if chunk_size is not None:
-    size = min(size, cache.capacity)
+    size = min(chunk_size, cache.capacity)
   tokens = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)))
   logits = None
   for start in range(0, lengths.max(), size):
@@ -131,9 +132,9 @@ def generate(
     stop_tokens: each ends the row in which it is drawn.
     seed: of the sampling; a row's draws do not depend on how far others go.
     chunk_size: tokens of a prefill chunk, see `prefill`.
-    capacity: tokens of the cache, for the longest prompt and what it is given.
-      With it and a chunk size, prompts of all lengths share two compiled
-      programs. None: as many as these prompts need.
+    capacity: tokens of the cache, for the longest prompt and `max_new_tokens`.
+      With it and a chunk size, as many prompts of whatever lengths share two
+      compiled programs. None: as many as these prompts need.
 
   Returns:
     The new tokens of each prompt, a stop token included; -1 behind it.
@@ -311,12 +312,18 @@ def _keep_top_p(logits, top_p):
 
 
 def _check_rows(config, tokens, lengths, cache):
+  held = np.asarray(cache.lengths)
+  if not tokens.size or not lengths.shape == held.shape == tokens.shape[:1]:
+    raise ValueError(
+      "`tokens` must be one or more rows, with as many `lengths` and rows of"
+      f" `cache`: got tokens.shape={tokens.shape}, lengths.shape="
+      f"{lengths.shape} and a cache of {held.size} rows."
+    )
   if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
     raise ValueError(
       f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of a row: got"
-      f" {lengths.tolist()}."
+      f" {lengths.tolist()}. Count the real tokens of each."
     )
-  held = np.asarray(cache.lengths)
   if np.max(held + lengths) > cache.capacity:
     raise ValueError(
       "`tokens` must fit in `cache` behind what it holds: got"
@@ -328,7 +335,8 @@ def _check_rows(config, tokens, lengths, cache):
   if wrong.size:
     raise ValueError(
       "`tokens` must be ids from 0, below `vocab_size`: got"
-      f" {wrong[:10].tolist()} for vocab_size={config.vocab_size}."
+      f" {wrong[:10].tolist()} for vocab_size={config.vocab_size}. Is this the"
+      " model's tokenizer?"
     )
 
 

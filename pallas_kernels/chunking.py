@@ -11,52 +11,8 @@ from jaxtyping import Array, PyTree
 # Bytes that an op takes beside its arguments and result unless told otherwise.
 MEMORY_BYTES = 1 << 30
 # Of them for a chunk's largest array: temporaries are a few of these.
-CHUNK_BYTES = MEMORY_BYTES // 8
-
-
-def chunk_bytes(memory_bytes: int) -> int:
-  """Bytes of a chunk's largest array in an op that may take `memory_bytes`.
-
-  Raises:
-    ValueError: `memory_bytes` below 1.
-  """
-  if memory_bytes < 1:
-    raise ValueError(
-      "`memory_bytes`, what the op may hold beside arguments and result, must"
-      f" be at least 1: got {memory_bytes}. The least that it can hold is one"
-      " query's part."
-    )
-  return memory_bytes * CHUNK_BYTES // MEMORY_BYTES
-
-
-def map_sequences(
-  function: Callable,
-  arrays: PyTree[Array],
-  *,
-  bytes_per_sequence: int,
-  most_bytes: int,
-) -> PyTree[Array]:
-  """Maps `function` over groups of axis 0, where one position is too large.
-
-  Args:
-    function: from arrays of fewer sequences to a tree of arrays.
-    arrays: all with the same first dimension.
-    bytes_per_sequence: of the largest array inside `function` that no chunk of
-      queries makes smaller: that of one position.
-    most_bytes: of it for a group, if one sequence fits.
-  """
-  batch = jax.tree.leaves(arrays)[0].shape[0]
-  fit = max(1, min(batch, most_bytes // max(bytes_per_sequence, 1)))
-  # Equal groups: a padded one would score sequences that are not there.
-  group = next(size for size in range(fit, 0, -1) if batch % size == 0)
-  if group == batch:
-    return function(arrays)
-
-  def split(x):
-    return x.reshape(batch // group, group, *x.shape[1:])
-
-  mapped = jax.lax.map(function, jax.tree.map(split, arrays))
-  return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), mapped)
+_SHARE = 8
+CHUNK_BYTES = MEMORY_BYTES // _SHARE
 
 
 def map_query_chunks(
@@ -64,7 +20,6 @@ def map_query_chunks(
   arrays: tuple[Array, ...],
   *,
   bytes_per_query: int,
-  most_bytes: int | None = None,
 ) -> PyTree[Array]:
   """Maps `function` over chunks of axis 1 of all `arrays`.
 
@@ -73,17 +28,14 @@ def map_query_chunks(
       `[B, chunk, ...]`; recomputed in the backward pass.
     arrays: all with the same first two dimensions.
     bytes_per_query: of the largest array inside `function`, for one position
-      of axis 1.
-    most_bytes: of it; a chunk is as many queries as keep it below that. None:
-      `CHUNK_BYTES`.
+      of axis 1; a chunk is as many as keep it below `CHUNK_BYTES`.
 
   Returns:
     The joined results. The numbers do not depend on the chunks' size beyond
     the order in which a matrix product sums.
   """
   batch, length = arrays[0].shape[:2]
-  most_bytes = CHUNK_BYTES if most_bytes is None else most_bytes
-  chunk = max(1, min(length, most_bytes // max(bytes_per_query, 1)))
+  chunk = max(1, min(length, CHUNK_BYTES // max(bytes_per_query, 1)))
   function = jax.checkpoint(function)
   if chunk == length:
     return function(*arrays)
@@ -105,3 +57,69 @@ def map_query_chunks(
 
   mapped = jax.lax.map(lambda args: function(*args), tuple(map(split, arrays)))
   return jax.tree.map(join, mapped)
+
+
+def fill_windows(
+  function: Callable,
+  per_query: PyTree[Array],
+  per_sequence: PyTree[Array],
+  *,
+  bytes_each: int,
+  memory_bytes: int,
+) -> Array:
+  """Applies `function` to windows of queries, in bounded memory.
+
+  For what has no gradient: windows are slices, of which nothing is copied, and
+  their results are written into one array. The last window of an axis begins
+  early enough to be whole, so that some queries come twice, to the same result.
+
+  Args:
+    function: from `[b, t, ...]` and `[b, ...]` to an array `[b, t, ...]`.
+    per_query: arrays `[B, T, ...]`.
+    per_sequence: arrays `[B, ...]`.
+    bytes_each: of the largest array inside `function`, for one query.
+    memory_bytes: that `function` may hold; one query's part is the least.
+  """
+  batch, length = jax.tree.leaves(per_query)[0].shape[:2]
+  most = max(1, memory_bytes // _SHARE // max(bytes_each, 1))
+  rows, columns = _even(batch, most), _even(length, most // max(batch, 1))
+  if rows >= batch and columns >= length:
+    return function(per_query, per_sequence)
+  grid = (-(-batch // rows), -(-length // columns))
+
+  def fill(step, out):
+    row = jnp.minimum(step // grid[1] * rows, batch - rows)
+    column = jnp.minimum(step % grid[1] * columns, length - columns)
+    found = function(
+      jax.tree.map(
+        lambda x: _window(_window(x, 0, row, rows), 1, column, columns),
+        per_query,
+      ),
+      jax.tree.map(lambda x: _window(x, 0, row, rows), per_sequence),
+    )
+    starts = (row, column, *(0 for _ in found.shape[2:]))
+    return jax.lax.dynamic_update_slice(out, found, starts)
+
+  shape = jax.eval_shape(
+    function,
+    jax.tree.map(lambda x: _part(x, rows, columns), per_query),
+    jax.tree.map(lambda x: _part(x, rows), per_sequence),
+  )
+  out = jnp.zeros((batch, length, *shape.shape[2:]), shape.dtype)
+  return jax.lax.fori_loop(0, grid[0] * grid[1], fill, out)
+
+
+def _even(size, most):
+  """Of a window: as many equal ones as `most` asks for, 1025 as 513 twice."""
+  count = -(-size // max(1, most))
+  return -(-size // max(1, count))
+
+
+def _window(x, axis, start, size):
+  if x.shape[axis] == size:
+    return x
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _part(x, *sizes):
+  return jax.ShapeDtypeStruct((*sizes, *x.shape[len(sizes) :]), x.dtype)

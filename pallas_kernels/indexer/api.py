@@ -104,10 +104,10 @@ def indexer_topk(
     k: index_topk.
     key_scale: positive factor on the scores of each key; None: 1.
     memory_bytes: held at most beside arguments and result, for any B, T and S:
-      queries are scored in chunks, and sequences in groups where one position
-      of all is too large. One query's scores are the least. Not counted is a
-      copy of `index_k`: with "xla" always, with "mosaic_gpu" where S is no
-      multiple of 32, or D not 64 or 128.
+      so many queries, of so many sequences, are scored together. One query's
+      scores are the least. Not counted is a copy of `index_k`: with "xla"
+      always; with "mosaic_gpu" where S is no multiple of 32, or D not 64 or
+      128; with "mosaic_tpu" where S is no multiple of its tile.
     implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
       platform.
 
@@ -121,34 +121,33 @@ def indexer_topk(
   _check(index_q, index_k, index_weights, key_start, key_end)
   if k < 1:
     raise ValueError(f"`k` (index_topk) must be at least 1: got {k}.")
+  if memory_bytes < 1:
+    raise ValueError(
+      "`memory_bytes`, what may be held beside arguments and result, must be at"
+      f" least 1: got {memory_bytes}. A query's part is held whatever it is:"
+      " give 1 for the least."
+    )
   _check_scale(index_k, key_scale)
   index_q, index_k, index_weights, key_scale = jax.lax.stop_gradient(
     (index_q, index_k, index_weights, key_scale)
   )
-  most_bytes = chunking.chunk_bytes(memory_bytes)
-
-  def select(arrays):
-    *arrays, scale = arrays
-    return dispatch.run(
-      "indexer_topk",
-      {
-        "mosaic_gpu": mosaic_gpu.indexer_topk,
-        "mosaic_tpu": _without_scale(mosaic_tpu.indexer_topk),
-        "xla": reference.indexer_topk,
-      },
-      _ORDER,
-      implementation,
-      *arrays,
-      k,
-      key_scale=scale,
-      chunk_bytes=most_bytes,
-    )
-
-  return chunking.map_sequences(
-    select,
-    (index_q, index_k, index_weights, key_start, key_end, key_scale),
-    bytes_per_sequence=4 * index_k.shape[1],
-    most_bytes=most_bytes,
+  return dispatch.run(
+    "indexer_topk",
+    {
+      "mosaic_gpu": mosaic_gpu.indexer_topk,
+      "mosaic_tpu": _without_scale(mosaic_tpu.indexer_topk),
+      "xla": reference.indexer_topk,
+    },
+    _ORDER,
+    implementation,
+    index_q,
+    index_k,
+    index_weights,
+    key_start,
+    key_end,
+    k,
+    key_scale=key_scale,
+    memory_bytes=memory_bytes,
   )
 
 

@@ -96,7 +96,7 @@ def indexer_topk(
   k: int,
   key_scale: Float32[Array, "B S"] | None = None,
   *,
-  chunk_bytes: int | None = None,
+  memory_bytes: int = chunking.MEMORY_BYTES,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time.
 
@@ -105,7 +105,9 @@ def indexer_topk(
   """
   chip = _check(index_q, index_k)
 
-  def select(index_q, index_weights, key_start, key_end):
+  def select(per_query, keys):
+    index_q, index_weights, key_start, key_end = per_query
+    index_k, key_scale = keys
     # Nothing is written behind what a block of queries sees, which `top_k` must
     # not read: it reads up to a query's end, of one without keys nothing.
     scores = _scores(
@@ -123,11 +125,12 @@ def indexer_topk(
     lengths = _pad(lengths, 1, to=scores.shape[1])
     return topk_gpu.top_k(scores, k, lengths)[:, : index_q.shape[1]]
 
-  return chunking.map_query_chunks(
+  return chunking.fill_windows(
     select,
     (index_q, index_weights, key_start, key_end),
-    bytes_per_query=4 * index_k.shape[0] * index_k.shape[1] // _CHUNKS_TOGETHER,
-    most_bytes=chunk_bytes,
+    (index_k, key_scale),
+    bytes_each=4 * index_k.shape[1] // _CHUNKS_TOGETHER,
+    memory_bytes=memory_bytes,
   )
 
 

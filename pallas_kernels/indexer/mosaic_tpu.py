@@ -90,7 +90,7 @@ def indexer_topk(
   key_end: Int32[Array, "B T"],
   k: int,
   *,
-  chunk_bytes: int | None = None,
+  memory_bytes: int = chunking.MEMORY_BYTES,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time.
 
@@ -98,26 +98,28 @@ def indexer_topk(
     NotImplementedError: as `indexer_scores` and `top_k` of this lowering.
   """
   return tpu.over_devices(
-    functools.partial(_select, k=k, chunk_bytes=chunk_bytes),
+    functools.partial(_select, k=k, memory_bytes=memory_bytes),
     (index_q, index_k, index_weights, key_start, key_end),
     _SPLITS,
   )
 
 
 def _select(
-  index_q, index_k, index_weights, key_start, key_end, *, k, chunk_bytes
+  index_q, index_k, index_weights, key_start, key_end, *, k, memory_bytes
 ):
   """`indexer_topk` on one device."""
 
-  def select(index_q, index_weights, key_start, key_end):
+  def select(per_query, index_k):
+    index_q, index_weights, key_start, key_end = per_query
     scores = _scores(index_q, index_k, index_weights, key_start, key_end)
     return topk_tpu.top_k(scores, k, key_end)
 
-  return chunking.map_query_chunks(
+  return chunking.fill_windows(
     select,
     (index_q, index_weights, key_start, key_end),
-    bytes_per_query=4 * index_k.shape[0] * index_k.shape[1],
-    most_bytes=chunk_bytes,
+    index_k,
+    bytes_each=4 * index_k.shape[1],
+    memory_bytes=memory_bytes,
   )
 
 

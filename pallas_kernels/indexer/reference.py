@@ -88,21 +88,24 @@ def indexer_topk(
   k: int,
   key_scale: Float32[Array, "B S"] | None = None,
   *,
-  chunk_bytes: int | None = None,
+  memory_bytes: int = chunking.MEMORY_BYTES,
 ) -> Int32[Array, "B T {k}"]:
   """Scores and selects, a chunk of queries at a time."""
 
-  def select(index_q, index_weights, key_start, key_end):
+  def select(per_query, keys):
+    index_q, index_weights, key_start, key_end = per_query
+    index_k, key_scale = keys
     scores = indexer_scores(
       index_q, index_k, index_weights, key_start, key_end, key_scale
     )
     return topk_reference.top_k(scores, k, None)
 
-  return chunking.map_query_chunks(
+  return chunking.fill_windows(
     select,
     (index_q, index_weights, key_start, key_end),
-    bytes_per_query=4 * index_k.shape[0] * index_k.shape[1],
-    most_bytes=chunk_bytes,
+    (index_k, key_scale),
+    bytes_each=4 * index_k.shape[1],
+    memory_bytes=memory_bytes,
   )
 
 

@@ -68,6 +68,9 @@ class TableTest(absltest.TestCase):
       | {"ms_per_token": 18.0},
       {**common, "schedule": "full", "num_full": 4, "batch": 6}
       | {"ms_per_token": 60.0, "tokens_per_second": 100.0},
+      # As many full layers as 1/4.
+      {**common, "schedule": "FSSS", "num_full": 1, "batch": 8}
+      | {"ms_per_token": 32.0, "tokens_per_second": 250.0},
     ]
     lines = inference_report.table(records, []).splitlines()
     self.assertEqual(
@@ -78,6 +81,7 @@ class TableTest(absltest.TestCase):
         "| decode | 7 | bfloat16 | 1/4 | 16 ms | 1.25x |  |",
         "| decode, batch 6 | 7 | bfloat16 | full | 100 tokens/s | 1x | |",
         "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | 2x | |",
+        "| decode, batch 8 | 7 | bfloat16 | FSSS | 250 tokens/s | 2.5x | |",
       ],
     )
 

@@ -8,7 +8,7 @@ import tempfile
 
 from absl.testing import absltest
 
-from experiments import kernel_report
+from experiments import kernel_report, kernel_workloads
 
 
 def record(shape="8x64", mode="sustained", ms=2.0, rate=1500.0, **changes):
@@ -66,6 +66,21 @@ class ReportTest(absltest.TestCase):
         one = yardstick(peer_name="another", **changes)
         line = cells(kernel_report.yardstick_table(figures, [one]))
         self.assertEqual((line[5], line[7]), (reached, peer))
+
+  def test_what_is_not_measured_is_said(self):
+    line = cells(kernel_report.yardstick_table({}, [yardstick(must=3)]))
+    self.assertEqual(line[2:6], ["3", "", "not measured", ""])
+    pair = {"op": "top_k", "shape": "8x64", "longer": "1x512"}
+    line = cells(kernel_report.length_table({}, [pair]))
+    self.assertEqual(line[:4], ["top_k", "8x64", "1x512", "not measured"])
+
+  def test_yardsticks_are_of_workloads(self):
+    path = pathlib.Path("results/kernels/yardsticks.json")
+    found = json.loads(path.read_text())
+    names = {(w.op, w.name) for w in kernel_workloads.workloads()}
+    for one in (*found["yardsticks"], *found["lengths"]):
+      for key in {"shape", "longer"} & set(one):
+        self.assertIn((one["op"], one[key]), names)
 
   def test_a_yardstick_of_another_unit_is_refused(self):
     figures = kernel_report.latest([record()])

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 from absl.testing import absltest
 
-from experiments import paper_recipe, paper_report
+from experiments import paper_log, paper_recipe, paper_report
 from tests.experiments import scripts_test
 
 _OTHER = "searched 1/2, multi-layer"
@@ -156,6 +156,37 @@ class ReportTest(scripts_test.ScriptCase):
     ):
       with self.assertRaisesRegex(ValueError, message):
         paper_report.write("training_aware", records, self.folder)
+
+
+class LogTest(scripts_test.ScriptCase):
+  def write(self, seed, losses, stage="dense"):
+    part = self.folder / f"seed{seed}" / "base"
+    part.mkdir(parents=True)
+    (part / "settings.json").write_text(json.dumps({"seed": str(seed)}))
+    record = {"stage": stage, "index_kl": 0.0, "grad_norm": 1.0, "seconds": 2.0}
+    (part / "log.jsonl").write_text(
+      "".join(
+        json.dumps({**record, "step": step, "loss": loss}) + "\n"
+        for step, loss in enumerate(losses)
+      )
+    )
+    return part.parent
+
+  def test_means_of_twenty_steps(self):
+    path = self.folder / "log.csv"
+    paper_log.write([self.write(0, 20 * [1.0] + 4 * [2.0])], path)
+    self.assertEqual(
+      path.read_text().splitlines()[1:],
+      ["0,base,dense,0,20,1,0,1,2", "0,base,dense,20,4,2,0,1,2"],
+    )
+    # A folder whose logs are gone keeps its lines; others come beside them.
+    (self.folder / "seed0" / "base" / "log.jsonl").unlink()
+    folders = [self.write(1, [3.0]), self.folder / "seed0"]
+    paper_log.write(folders, path)
+    self.assertEqual(
+      path.read_text().splitlines()[2:],
+      ["0,base,dense,20,4,2,0,1,2", "1,base,dense,0,1,3,0,1,2"],
+    )
 
 
 class RecipeTest(absltest.TestCase):

@@ -11,8 +11,6 @@ import numpy as np
 from absl.testing import absltest
 
 import indexcache_jax as ic
-
-# Scripts share names of flags, so one process can import one of them.
 from tests.indexcache import checkpoints_toy, toy
 
 _PNG = b"\x89PNG"
@@ -278,8 +276,6 @@ class GenerateTest(ScriptCase):
       self.assert_refuses("generate", args, message)
 
 
-# A program of its own: the type hook of the tests takes offence at the empty
-# states that orbax builds while it restores.
 class ScheduleFlagTest(absltest.TestCase):
   def test_every_notation(self):
     for words, pattern in (

@@ -14,6 +14,8 @@ from indexcache_jax import training
 from tests.experiments import scripts_test
 from tests.indexcache import toy
 
+# Programs of their own: the type hook of the tests takes offence at the empty
+# states that orbax builds while it restores.
 _KILLED_TRAINING = """
 import os, pathlib, signal, sys
 from unittest import mock

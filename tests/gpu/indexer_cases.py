@@ -12,12 +12,15 @@ from pallas_kernels.indexer import shapes
 from tests.gpu.cases import Case
 
 # What the tables of real models lack: lengths that no tile divides, several
-# queries a step, a chunk of queries of a million keys.
+# queries a step, some of a million keys.
 _MORE = {
   "odd": shapes.Shape(2, 1001, 30001, 24, 100, 2048),
   "glm_5_prefill_1m": shapes.Shape(1, 512, 1048576, 32, 128, 2048),
   "deepseek_v32_prefill_1m": shapes.Shape(1, 512, 1048576, 64, 128, 2048),
   "glm_47_flash_verify_128k": shapes.Shape(4, 3, 131072, 32, 128, 2048),
+  # No window divides them: of queries, and of sequences.
+  "two_of_128k": shapes.Shape(2, 4099, 131072, 32, 128, 2048),
+  "decode_of_131_1m": shapes.Shape(131, 1, 1048576, 32, 128, 2048),
 }
 _ALL = shapes.SHAPES | _MORE
 _SUBSET = ("glm_5_prefill_32k", "glm_5_decode_128k", "odd")

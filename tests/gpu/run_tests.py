@@ -17,7 +17,9 @@ from absl import app, flags
 from tests.gpu import device, reports, sharding
 
 _OPS = flags.DEFINE_list(
-  "ops", list(sharding.TESTED), "Ops, and hopper, dispatch, generation."
+  "ops",
+  list(sharding.TESTED),
+  "Ops, hopper, dispatch, training, generation.",
 )
 _JOBS = flags.DEFINE_integer(
   "jobs", 1, "Processes at the same time.", lower_bound=1

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import parameterized
 
 import indexcache_jax as ic
 from indexcache_jax import presets, training
@@ -100,4 +100,4 @@ class TrainingDeviceTest(parameterized.TestCase):
 
 
 if __name__ == "__main__":
-  absltest.main()
+  device.main()

@@ -245,6 +245,45 @@ class PrefillTest(parameterized.TestCase):
         held,
       )
 
+  @parameterized.parameters(
+    ((2, 20), (20,), 2),
+    ((2, 20), (5, 5, 5), 2),
+    ((2, 20), (5, 5), 3),
+    ((2, 0), (1, 1), 2),
+  )
+  def test_as_many_rows_everywhere(self, shape, lengths, rows):
+    config = toy.config("FSFS")
+    with (
+      errors.unchecked(),
+      self.assertRaisesRegex(
+        ValueError, rf"`tokens` must be one or more rows.*cache of {rows} rows"
+      ),
+    ):
+      ic.prefill(
+        ic.SparseTransformer(config),
+        toy.params_for(config),
+        np.zeros(shape, np.int32),
+        np.array(lengths, np.int32),
+        ic.init_cache(config, rows, 46),
+      )
+
+  @parameterized.parameters(None, 99)
+  def test_padding_may_be_wider_than_the_cache(self, chunk_size):
+    config = toy.config("FSFS")
+    tokens = np.pad(toy.random_tokens(length=20), ((0, 0), (0, 20)))
+    logits, cache = ic.prefill(
+      ic.SparseTransformer(config),
+      toy.params_for(config),
+      tokens,
+      np.array([16, 13]),
+      ic.init_cache(config, 2, 16),
+      chunk_size=chunk_size,
+    )
+    np.testing.assert_array_equal(cache.lengths, [16, 13])
+    expected = self.run_prefill(None, lengths=(16, 13)).logits
+    tolerance = tolerances.tolerance("float32", 32 * 4)
+    np.testing.assert_allclose(logits, expected, **tolerance)
+
   def test_real_tokens_are_ids(self):
     config = toy.config("FSFS")
     tokens = np.array([[5, 64, -1], [3, -7, 99]], np.int32)

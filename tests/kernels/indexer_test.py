@@ -1,7 +1,6 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -169,9 +168,9 @@ class IndexerTest(parameterized.TestCase):
     args = self.inputs((2, 37, 64, 16, 8))
     whole = self.topk(args, 9)
     for name, queries in (
-      ("chunks of five queries", 2 * 5),
+      ("windows of five queries", 2 * 5),
       ("a sequence at a time", 1),
-      ("a query at a time", 0.5),
+      ("less than a query at a time", 0.5),
     ):
       with self.subTest(name):
         scores_bytes = int(4 * 64 * queries)
@@ -255,14 +254,26 @@ class IndexerTest(parameterized.TestCase):
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 1 << 26)
 
   def test_holds_no_scores_of_all_sequences(self):
-    shape = (64, 1, 1 << 16, 16, 8)
-    args = jax.eval_shape(lambda: self.inputs((*shape,)))
-    run = self.jitted(pallas_kernels.indexer_topk, k=8, memory_bytes=1 << 24)
-    compiled = run.lower(*args).compile()
-    copied_keys = 4 * math.prod(shape[:1] + shape[2:3] + shape[4:])
-    self.assertLess(
-      compiled.memory_analysis().temp_size_in_bytes, (1 << 24) + copied_keys
+    # Primes: no window of theirs divides them.
+    for batch, queries in ((61, 1), (3, 1021)):
+      with self.subTest(batch=batch, queries=queries):
+        shape = (batch, queries, 1 << 16, 16, 8)
+        args = jax.eval_shape(lambda shape=shape: self.inputs(shape))
+        memory = 1 << 24
+        run = self.jitted(pallas_kernels.indexer_topk, k=8, memory_bytes=memory)
+        compiled = run.lower(*args).compile()
+        copied_keys = args[1].size * args[1].dtype.itemsize
+        self.assertLess(
+          compiled.memory_analysis().temp_size_in_bytes, memory + copied_keys
+        )
+
+  def test_windows_of_sequences_change_no_index(self):
+    args = self.inputs((5, 3, 64, 16, 8))
+    whole = self.topk(args, 9)
+    run = self.jitted(
+      pallas_kernels.indexer_topk, k=9, memory_bytes=2 * 8 * 4 * 64
     )
+    np.testing.assert_array_equal(run(*args), whole)
 
   def test_errors(self):
     q, k, w, start, end = self.inputs((1, 4, 10, 16, 8))
