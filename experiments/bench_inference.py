@@ -34,6 +34,7 @@ from experiments import (
   inference_programs,
   inference_report,
   inference_series,
+  provenance,
   random_model,
 )
 from indexcache_jax import costs, generation, presets
@@ -225,14 +226,14 @@ def cache_capacity(contexts: list[int]) -> int:
 
 
 class Log:
-  """Records with their provenance, on the disk as soon as they are known."""
+  """Records with their source, on the disk as soon as they are known."""
 
   def __init__(self, path: pathlib.Path):
     """Starts a file."""
     self._path = path
-    self._provenance = {
+    self._source = {
       **common.environment(),
-      "command": common.command(),
+      "command": provenance.command(),
       "preset": _PRESET.value,
       "num_layers": _LAYERS.value,
       "chunk_size": _CHUNK_SIZE.value,
@@ -250,7 +251,7 @@ class Log:
       ),
       flush=True,
     )
-    lines = [json.dumps({**r, **self._provenance}) for r in self.records]
+    lines = [json.dumps({**r, **self._source}) for r in self.records]
     common.write_text(self._path, "\n".join(lines) + "\n")
 
 

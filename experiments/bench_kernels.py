@@ -17,7 +17,7 @@ import pathlib
 import jax
 from absl import flags, logging
 
-from experiments import common, kernel_timing, kernel_workloads
+from experiments import common, kernel_timing, kernel_workloads, provenance
 
 _OPS = flags.DEFINE_list("ops", [], "Ops; none: all.")
 _SHAPES = flags.DEFINE_list(
@@ -45,17 +45,17 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   chosen = choose(_OPS.value, _SHAPES.value)
   kernel_timing.require_gpu("bench_kernels")
-  provenance = {
+  source = {
     **common.environment(),
-    "command": common.command(),
+    "command": provenance.command(),
     "date": datetime.date.today().isoformat(),
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "kernels.jsonl"
   ceilings = measure_ceilings({w.ceiling for w in chosen})
-  records = [{**record, **provenance} for record in ceiling_records(ceilings)]
+  records = [{**record, **source} for record in ceiling_records(ceilings)]
   for workload in chosen:
     for record in bench(workload, ceilings):
-      records.append({**record, **provenance})
+      records.append({**record, **source})
       print(common.table_row(record, _COLUMNS), flush=True)
     common.write_records(path, records, _COLUMNS)
   failed = [r for r in records if r.get("fault")]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
-from experiments import common, kernel_timing
+from experiments import common, kernel_timing, provenance
 from indexcache_jax import attention, distillation, presets
 
 _PRESET = flags.DEFINE_enum(
@@ -49,9 +49,9 @@ def main(argv):
   """Times every combination, prints a table and writes it."""
   common.reject_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  provenance = {
+  source = {
     **common.environment(),
-    "command": common.command(),
+    "command": provenance.command(),
     "preset": _PRESET.value,
     "date": datetime.date.today().isoformat(),
   }
@@ -74,7 +74,7 @@ def main(argv):
             **bench.time(kind, phase, _LAUNCHES.value),
           }
           print(common.table_row(record, _COLUMNS), flush=True)
-          records.append({**record, **provenance})
+          records.append({**record, **source})
           common.write_records(path, records, _COLUMNS)
 
 

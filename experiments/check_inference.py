@@ -29,7 +29,7 @@ from absl import flags, logging
 from jaxtyping import Array, Float, Float32, Int32
 
 import indexcache_jax as ic
-from experiments import common, random_model
+from experiments import common, provenance, random_model
 from indexcache_jax import presets
 
 _PRESET = flags.DEFINE_enum(
@@ -73,9 +73,9 @@ def main(argv):
   """Compares each model under each schedule and prints a table."""
   common.reject_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  provenance = {
+  source = {
     **common.environment(),
-    "command": common.command(),
+    "command": provenance.command(),
     "preset": _PRESET.value,
     "num_layers": _LAYERS.value,
     "context": _CONTEXT.value,
@@ -83,7 +83,7 @@ def main(argv):
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "check.jsonl"
   records = []
-  print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
+  print(common.table_head(_COLUMNS))
   for mlp in dict.fromkeys(_MLPS.value):
     config = model_config(mlp)
     params = random_model.random_params(config)
@@ -91,7 +91,7 @@ def main(argv):
       schedule = ic.ReuseSchedule.parse(name, _LAYERS.value)
       for record in compare(config.replace(schedule=schedule), params):
         record = {"mlp": mlp, "schedule": name, **record}
-        records.append({**record, **provenance})
+        records.append({**record, **source})
         print(common.table_row(record, _COLUMNS), flush=True)
         common.write_records(path, records, _COLUMNS)
 

@@ -7,16 +7,15 @@ import math
 import os
 import pathlib
 import platform
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
 import indexcache_jax as ic
+from experiments import provenance
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where an error was raised.")
 
@@ -63,9 +62,8 @@ def write_records(
   """
   lines = [json.dumps(record) for record in records]
   write_text(path, "\n".join(lines) + "\n")
-  head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-  rows = [table_row(record, columns) for record in records]
-  write_text(path.with_suffix(".md"), "\n".join([*head, *rows]) + "\n")
+  rows = [table_cells(record, columns) for record in records]
+  write_text(path.with_suffix(".md"), markdown_table(columns, rows) + "\n")
 
 
 def require_compilation_cache(subject: str) -> None:
@@ -78,10 +76,30 @@ def require_compilation_cache(subject: str) -> None:
 
 
 def table_row(record: dict, columns: Sequence[str]) -> str:
-  """A line of a table: floats to four digits, nothing where there is none."""
+  """A line of a table that is printed while it grows, see `table_head`."""
+  return markdown_row(table_cells(record, columns))
+
+
+def table_head(columns: Sequence[str]) -> str:
+  """The two lines above the rows of a table."""
+  return markdown_table(columns, [])
+
+
+def table_cells(record: dict, columns: Sequence[str]) -> list[str]:
+  """Floats to four digits, nothing where there is none."""
   cells = (record.get(column, "") for column in columns)
-  words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
-  return f"| {' | '.join(words)} |"
+  return [f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table without a line's end behind it."""
+  rule = "|---" * len(head) + "|"
+  return "\n".join([markdown_row(head), rule, *map(markdown_row, rows)])
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+  """A line of a table."""
+  return f"| {' | '.join(cells)} |"
 
 
 def count_parameters(config: ic.SparseTransformerConfig) -> int:
@@ -94,11 +112,6 @@ def count_parameters(config: ic.SparseTransformerConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def command() -> str:
-  """This process's command line."""
-  return shlex.join(["python", *sys.orig_argv[1:]])
-
-
 def environment() -> dict[str, str]:
   """Provenance of a result: device, versions, commit."""
   return {
@@ -107,7 +120,7 @@ def environment() -> dict[str, str]:
     "jax": jax.__version__,
     **_cuda(),
     "python": platform.python_version(),
-    "commit": _commit(),
+    "commit": provenance.commit(),
   }
 
 
@@ -117,27 +130,8 @@ def _cuda() -> dict[str, str]:
     return {}
   return {
     "cuda": jax.devices()[0].client.platform_version.split()[-1],
-    "driver": _output(
+    "driver": provenance.output(
       *("nvidia-smi", "--id=0"),
       *("--query-gpu=driver_version", "--format=csv,noheader"),
     ),
   }
-
-
-def _commit() -> str:
-  """Commit of this source tree, with "+" if it was changed since."""
-  root = pathlib.Path(__file__).resolve().parents[1]
-  return _output(
-    *("git", "-C", str(root), "describe", "--always", "--exclude=*"),
-    *("--abbrev=12", "--dirty=+"),
-  )
-
-
-def _output(*words: str) -> str:
-  """What another program prints; "unknown" without it or where it fails."""
-  try:
-    return subprocess.run(
-      words, capture_output=True, text=True, check=True
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"

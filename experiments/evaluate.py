@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags, logging
 
 import indexcache_jax as ic
-from experiments import common, inputs
+from experiments import common, inputs, provenance
 from indexcache_jax import evaluation, long_context_tasks, text
 
 _OUTPUT_DIR = flags.DEFINE_string(
@@ -97,7 +97,7 @@ def main(argv):
     "num_facts": num_facts if hidden else 0,
     "index_topk": model.config.index_topk,
     "seed": inputs.SEED.value,
-    "command": common.command(),
+    "command": provenance.command(),
     "environment": common.environment(),
     "loss_change": evaluations[-1].loss - evaluations[0].loss
     if len(evaluations) > 1

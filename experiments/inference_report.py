@@ -50,7 +50,7 @@ def times(records: list[dict], phase: str) -> dict:
 
 def table(records: list[dict], profile: list[dict]) -> str:
   """A line a time, with its ratio to the all-full schedule of its dtype."""
-  lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+  rows = []
   for phase, unit in _UNITS.items():
     found = times(records, phase)
     for (keys, name, context), (taken, num_full) in sorted(
@@ -62,15 +62,12 @@ def table(records: list[dict], profile: list[dict]) -> str:
         ratio = f"{base[0] / taken:.3g}x"
         limit = amdahl_limit(profile, phase, keys, context, base, num_full)
         limit = f"{limit:.3g}x" if limit is not None else ""
-      lines.append(
-        f"| {phase} | {context} | {keys} | {name} | {taken:.4g} {unit} |"
-        f" {ratio} | {limit} |"
-      )
-  lines += _batch_lines(records)
-  return "\n".join(lines)
+      place = (phase, str(context), keys, name)
+      rows.append((*place, f"{taken:.4g} {unit}", ratio, limit))
+  return common.markdown_table(_HEAD, [*rows, *_batch_rows(records)])
 
 
-def _batch_lines(records):
+def _batch_rows(records):
   """Of as many requests as fit, which are more where caches are smaller."""
   found = {
     (r["index_keys"], r["context"], -r["num_full"], r["schedule"]): r
@@ -82,16 +79,14 @@ def _batch_lines(records):
     for r in found.values()
     if r["schedule"] == "full"
   }
-  lines = []
+  rows = []
   for (keys, context, *_), r in sorted(found.items()):
     rate = r["tokens_per_second"]
     full = base.get((keys, context))
     ratio = f"{rate / full:.3g}x" if full else ""
-    lines.append(
-      f"| decode, batch {r['batch']} | {context} | {keys} | {r['schedule']} |"
-      f" {rate:.4g} tokens/s | {ratio} | |"
-    )
-  return lines
+    place = (f"decode, batch {r['batch']}", str(context), keys, r["schedule"])
+    rows.append((*place, f"{rate:.4g} tokens/s", ratio, ""))
+  return rows
 
 
 def indexer_table(records: list[dict]) -> str:
@@ -104,7 +99,7 @@ def indexer_table(records: list[dict]) -> str:
   """
   head = ("phase", "context", "index keys", "an indexer", "the rest")
   head = (*head, "largest misfit", "if free")
-  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  rows = []
   for phase, unit in _UNITS.items():
     found = times(records, phase)
     for keys, context in dict.fromkeys((k, c) for k, _, c in found):
@@ -119,11 +114,12 @@ def indexer_table(records: list[dict]) -> str:
       line = np.polynomial.Polynomial.fit(num_full, taken, 1).convert()
       rest, each = line.coef
       misfit = np.max(np.abs(line(num_full) / taken - 1))
-      lines.append(
-        f"| {phase} | {context} | {keys} | {each:.3g} {unit} | {rest:.3g}"
-        f" {unit} | {misfit:.1%} | {taken.max() / rest:.3g}x |"
+      times_found = (f"{each:.3g} {unit}", f"{rest:.3g} {unit}")
+      gain = f"{taken.max() / rest:.3g}x"
+      rows.append(
+        (phase, str(context), keys, *times_found, f"{misfit:.1%}", gain)
       )
-  return "\n".join(lines)
+  return common.markdown_table(head, rows)
 
 
 def amdahl_limit(

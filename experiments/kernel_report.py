@@ -5,6 +5,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments import common
+
 # A record of `bench_kernels`, or of the file of yardsticks.
 Record = Mapping[str, Any]
 # By op, shape and mode.
@@ -49,7 +51,7 @@ def whole_table(figures: Figures) -> str:
   head = ("op", "shape", "isolated", "sustained", "rate, isolated")
   head = (*head, "sustained", "shares of the ceiling", "MiB held", "error")
   head = (*head, "commit")
-  return _markdown(head, lines)
+  return common.markdown_table(head, lines)
 
 
 def yardstick_table(figures: Figures, yardsticks: Sequence[Record]) -> str:
@@ -83,7 +85,7 @@ def yardstick_table(figures: Figures, yardsticks: Sequence[Record]) -> str:
       )
     )
   head = ("work", "mode", "must", "aim", "measured", "reached", "best peer")
-  return _markdown((*head, "times as fast"), lines)
+  return common.markdown_table((*head, "times as fast"), lines)
 
 
 def length_table(figures: Figures, pairs: Sequence[Record]) -> str:
@@ -112,7 +114,7 @@ def length_table(figures: Figures, pairs: Sequence[Record]) -> str:
       )
     )
   head = ("op", "rate", "rate of a million keys", "ratio", "MiB held")
-  return _markdown(head, lines)
+  return common.markdown_table(head, lines)
 
 
 def _value(record, unit):
@@ -158,8 +160,3 @@ def _number(value):
   if value is None:
     return ""
   return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _markdown(head, lines):
-  rows = [head, ("---",) * len(head), *lines]
-  return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 from absl import flags, logging
 
-from experiments import common, inputs, plots
+from experiments import common, inputs, plots, provenance
 from indexcache_jax import analysis
 
 _OUTPUT_DIR = flags.DEFINE_string(
@@ -86,7 +86,7 @@ def main(argv):
     "index_topk": model.config.index_topk,
     "positions": positions,
     "seed": inputs.SEED.value,
-    "command": common.command(),
+    "command": provenance.command(),
     "environment": common.environment(),
     "summaries": summaries,
     **{name: matrix.tolist() for name, matrix in matrices.items()},

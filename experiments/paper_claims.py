@@ -169,9 +169,10 @@ def markdown(
     " afterwards, leave out tasks that all full answers in less than half of"
     f" all cases: {', '.join(left_out) or 'none'}.",
     "",
-    f"| claim | holds here if | figures | verdict | {without} | verdict |",
-    "|---|---|---|---|---|---|",
-    *(f"| {' | '.join(finding)} |" for finding in found),
+    common.markdown_table(
+      ("claim", "holds here if", "figures", "verdict", without, "verdict"),
+      found,
+    ),
   ]
   return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 import indexcache_jax as ic
-from experiments import common, inputs, paper_recipe
+from experiments import common, inputs, paper_recipe, provenance
 from indexcache_jax import (
   analysis,
   comparison,
@@ -113,7 +113,7 @@ def searches(
   if not path.exists():
     model = load_model()
     record = {
-      **provenance(),
+      **source(),
       "searches": {name: _search(model, name) for name in CALIBRATION_SETS},
     }
     common.write_text(path, json.dumps(record, indent=1) + "\n")
@@ -127,9 +127,9 @@ def searches(
   return found["searches"]
 
 
-def provenance() -> dict[str, Any]:
+def source() -> dict[str, Any]:
   """The command that measures, and where it runs."""
-  return {"command": common.command(), "environment": common.environment()}
+  return {"command": provenance.command(), "environment": common.environment()}
 
 
 def _search(model, calibration_set):

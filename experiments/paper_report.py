@@ -409,9 +409,7 @@ def _plot_by_rule(path, summaries, value_of: Callable, label):
 
 
 def _markdown(title, head, lines, *, level=1):
-  body = [head, ["---"] * len(head), *lines]
-  table = "\n".join(f"| {' | '.join(line)} |" for line in body)
-  return f"{'#' * level} {title}\n\n{table}"
+  return f"{'#' * level} {title}\n\n{common.markdown_table(head, lines)}"
 
 
 def _cell(value, digits=2):

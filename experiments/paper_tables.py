@@ -78,7 +78,7 @@ class _Seed:
       record = {
         "table": table,
         "seed": self._seed(),
-        **paper_measurements.provenance(),
+        **paper_measurements.source(),
         **measurement,
       }
       common.write_text(path, json.dumps(record, indent=1) + "\n")

@@ -24,7 +24,7 @@ from absl import flags, logging
 
 import indexcache_jax as ic
 import pallas_kernels
-from experiments import common, kernel_timing, random_model
+from experiments import common, kernel_timing, provenance, random_model
 from indexcache_jax import attention, costs, decoder, presets
 
 _PRESET = flags.DEFINE_enum(
@@ -83,9 +83,9 @@ def main(argv):
     },
     kernel_timing.copy_ceiling()["isolated"] * 1e12,
   )
-  provenance = {
+  source = {
     **common.environment(),
-    "command": common.command(),
+    "command": provenance.command(),
     "preset": _PRESET.value,
     "flops": rates.flops,
     "bandwidth": rates.bandwidth,
@@ -95,7 +95,7 @@ def main(argv):
   cases = list(all_cases(config))
   kernels = dict(zip(cases, profile_all(cases, params), strict=True))
   records = []
-  print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
+  print(common.table_head(_COLUMNS))
   path = pathlib.Path(_OUTPUT_DIR.value) / "profile.jsonl"
   for case, keys in itertools.product(cases, _KEY_DTYPES.value):
     # A shared layer has no index keys: one profile stands beside each dtype.
@@ -110,7 +110,7 @@ def main(argv):
         "tokens": case.tokens,
         **record,
       }
-      records.append({**record, **provenance})
+      records.append({**record, **source})
       print(common.table_row(record, _COLUMNS), flush=True)
     common.write_records(path, records, _COLUMNS)
 

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 import pallas_kernels
-from experiments import common, kernel_timing
+from experiments import common, kernel_timing, provenance
 from pallas_kernels.dense_attention import mosaic_gpu as dense_attention
 from pallas_kernels.grouped import mosaic_gpu as grouped
 from pallas_kernels.indexer import mosaic_gpu as indexer
@@ -267,16 +267,16 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   chosen = choose(_OPS.value)
   kernel_timing.require_gpu("sweep_tiles")
-  provenance = {
+  source = {
     **common.environment(),
-    "command": common.command(),
+    "command": provenance.command(),
     "date": datetime.date.today().isoformat(),
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "tiles.jsonl"
   records = []
   for sweep in chosen:
     for record in bench(sweep):
-      records.append({**record, **provenance})
+      records.append({**record, **source})
       print(common.table_row(record, _COLUMNS), flush=True)
     common.write_records(path, records, _COLUMNS)
 

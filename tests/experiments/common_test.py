@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 from absl.testing import absltest
 
-from experiments import common
+from experiments import common, provenance
 
 
 class ProvenanceTest(absltest.TestCase):
@@ -39,7 +39,7 @@ class ProvenanceTest(absltest.TestCase):
     words = ["/usr/bin/python3", "-m", "experiments.train", "--words=a b"]
     with mock.patch.object(sys, "orig_argv", words):
       self.assertEqual(
-        common.command(), "python -m experiments.train '--words=a b'"
+        provenance.command(), "python -m experiments.train '--words=a b'"
       )
 
 

@@ -79,9 +79,9 @@ class TableTest(absltest.TestCase):
         "| decode | 7 | bfloat16 | full | 20 ms | 1x |  |",
         "| decode | 7 | bfloat16 | 1/2 | 18 ms | 1.11x |  |",
         "| decode | 7 | bfloat16 | 1/4 | 16 ms | 1.25x |  |",
-        "| decode, batch 6 | 7 | bfloat16 | full | 100 tokens/s | 1x | |",
-        "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | 2x | |",
-        "| decode, batch 8 | 7 | bfloat16 | FSSS | 250 tokens/s | 2.5x | |",
+        "| decode, batch 6 | 7 | bfloat16 | full | 100 tokens/s | 1x |  |",
+        "| decode, batch 8 | 7 | bfloat16 | 1/4 | 200 tokens/s | 2x |  |",
+        "| decode, batch 8 | 7 | bfloat16 | FSSS | 250 tokens/s | 2.5x |  |",
       ],
     )
 

@@ -16,14 +16,13 @@ import datetime
 import os
 import pathlib
 import re
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
 
 from absl import app, flags
 
+from experiments import provenance
 from tests.gpu import targets
 
 targets.set_environment()
@@ -50,7 +49,7 @@ def main(_):
     print(line, flush=True)
     lines.append(line)
 
-  tell(provenance())
+  tell(header())
   chosen = [
     case
     for case in cases_lib.all_cases(_OPS.value)
@@ -72,31 +71,16 @@ def main(_):
   sys.exit(failed > 0 or not chosen)
 
 
-def provenance() -> str:
+def header() -> str:
   """The command, the versions and the commit, "+" if it was changed since."""
   import jax
   import jaxlib
 
   return (
-    f"{shlex.join(['python', *sys.orig_argv[1:]])}, {datetime.date.today()}\n"
+    f"{provenance.command()}, {datetime.date.today()}\n"
     f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, sm_90a,"
-    f" commit {_commit()}"
+    f" commit {provenance.commit()}"
   )
-
-
-def _commit():
-  try:
-    return subprocess.run(
-      [
-        *("git", "-C", str(pathlib.Path(__file__).parent), "describe"),
-        *("--always", "--exclude=*", "--abbrev=12", "--dirty=+"),
-      ],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
 
 
 def check(case):

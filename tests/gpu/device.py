@@ -11,7 +11,6 @@ import datetime
 import os
 import pathlib
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jaxlib
 from absl.testing import absltest
 
+from experiments import provenance
 from pallas_kernels.hopper import chip
 from tests.gpu import reports
 
@@ -165,7 +165,7 @@ def header() -> list[str]:
   if facts.returncode:
     sys.exit(facts.returncode)
   commit, card = facts.stdout.splitlines()[-2:]
-  command = shlex.join(["python", *sys.orig_argv[1:]])
+  command = provenance.command()
   return [f"{command}, {datetime.date.today()}, commit {commit}", card]
 
 
