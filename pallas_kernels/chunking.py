@@ -69,9 +69,10 @@ def fill_windows(
 ) -> Array:
   """Applies `function` to windows of queries, in bounded memory.
 
-  For what has no gradient: windows are slices, of which nothing is copied, and
-  their results are written into one array. The last window of an axis begins
-  early enough to be whole, so that some queries come twice, to the same result.
+  For what has no gradient: windows are sliced one at a time, no second array of
+  all queries is made, and results are written into one. The last window of an
+  axis begins early enough to be whole, so that some queries come twice, to the
+  same result.
 
   Args:
     function: from `[b, t, ...]` and `[b, ...]` to an array `[b, t, ...]`.
