@@ -2,9 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA on Hopper: entry, limits, padding, and the split over keys.
 
+Up to 64 heads need no padding: copies on the card fill a tile with 0 behind a
+query's heads, and skip what lies there on their way back.
+
 `mosaic_gpu_forward` is the attention, `mosaic_gpu_forward_few_heads` that of at
-most 32 heads of many queries, `mosaic_gpu_forward_probs` the mean
-probabilities, `mosaic_gpu_backward` the gradient.
+most 32 heads of many queries, `mosaic_gpu_forward_combine` joins splits,
+`mosaic_gpu_forward_probs` is the mean probabilities, `mosaic_gpu_backward` the
+gradient.
 """
 
 import functools
@@ -13,11 +17,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.hopper import chip
 from pallas_kernels.sparse_attention import mosaic_gpu_backward as backward
 from pallas_kernels.sparse_attention import mosaic_gpu_forward as forward
+from pallas_kernels.sparse_attention import (
+  mosaic_gpu_forward_combine as combine,
+)
 from pallas_kernels.sparse_attention import (
   mosaic_gpu_forward_few_heads as few_heads,
 )
@@ -50,8 +57,8 @@ def sparse_mla(
 ) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
   """Attends in bfloat16, without a copy of the cache at 576 columns.
 
-  Widths that are no multiple of 64, values of no multiple of 128 columns,
-  heads of no multiple of 8 and rows of no multiple of 128 are padded: copies.
+  Widths that are no multiple of 64, values of no multiple of 128 columns, 65 to
+  127 heads and rows of no multiple of 128 are padded: copies.
   Quantized latents are widened as they are gathered, to the same results as
   those of `dequantize_latents` bit for bit; their gradient is XLA's.
 
@@ -59,16 +66,14 @@ def sparse_mla(
     NotImplementedError: a chip, dtype or shape that the kernels can't run.
   """
   chip.chip()
-  heads, width = query.shape[2:]
+  width = query.shape[-1]
   padded_values = _round_up(value_dim, _VALUE_MULTIPLE)
   padded_width = max(_round_up(width, items.TILE), padded_values)
   _check(query, kv_latent, topk_indices, padded_width)
   count = topk_indices.shape[-1]
   columns = (0, padded_width - width)
   out, residuals = _attend(
-    jnp.pad(
-      query, ((0, 0), (0, 0), (0, _padded_heads(heads) - heads), columns)
-    ),
+    jnp.pad(query, ((0, 0), (0, 0), (0, 0), columns)),
     _padded_latents(kv_latent, columns),
     jnp.pad(
       topk_indices,
@@ -77,11 +82,9 @@ def sparse_mla(
     ),
     scale,
     padded_values,
-    heads,
   )
-  return out[:, :, :heads, :value_dim], SparseMLAResiduals(
-    log_sum_exp=residuals.log_sum_exp[:, :, :heads],
-    mean_probs=residuals.mean_probs[:, :, :count],
+  return out[..., :value_dim], residuals._replace(
+    mean_probs=residuals.mean_probs[:, :, :count]
   )
 
 
@@ -140,18 +143,13 @@ def _head_tiles(heads):
   return -(-heads // items.ROWS)
 
 
-def _padded_heads(heads):
-  tiles = _head_tiles(heads)
-  return tiles * _round_up(-(-heads // tiles), 8)
-
-
 def _round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
-  """`sparse_mla` of padded arrays, of which `num_heads` heads count."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(query, kv_latent, indices, scale, value_dim):
+  """`sparse_mla` of padded columns and rows."""
   batch, num_queries, heads, width = query.shape
   _, num_keys, _ = kv_latent.shape
   tiles = _head_tiles(heads)
@@ -160,7 +158,7 @@ def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
     batch=batch,
     num_queries=num_queries,
     num_keys=num_keys,
-    heads=heads // tiles,
+    heads=_round_up(heads, 8) if tiles == 1 else items.ROWS,
     head_tiles=tiles,
     width=width,
     value_dim=value_dim,
@@ -169,44 +167,42 @@ def _attend(query, kv_latent, indices, scale, value_dim, num_heads):
     num_multiprocessors=multiprocessors,
   )
   flat = (
-    query.reshape(-1, heads, width),
+    _whole_tiles(problem, query.reshape(-1, heads, width)),
     jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), kv_latent),
     indices.reshape(-1, problem.count),
   )
-  out, log_sum_exp = _run(problem, *flat)
-  counted = jnp.where(jnp.arange(heads) < num_heads, log_sum_exp, jnp.inf)
-  sums = probs.call(problem, *flat, counted)
+  out, log_sum_exp = _run(problem, heads, *flat)
+  sums = probs.call(problem, *flat, log_sum_exp)
   leading = (batch, num_queries)
   residuals = SparseMLAResiduals(
     log_sum_exp=log_sum_exp.reshape(*leading, heads),
-    mean_probs=sums.sum(axis=0).reshape(*leading, -1) / num_heads,
+    mean_probs=sums.sum(axis=0).reshape(*leading, -1) / heads,
   )
   return out.reshape(*leading, heads, value_dim), residuals
 
 
-def _run(problem, query, table, indices):
+def _whole_tiles(problem, query):
+  # A copy clips what is less than a tile, not what is less than two.
+  if problem.head_tiles == 1:
+    return query
+  missing = problem.head_tiles * problem.heads - query.shape[1]
+  return jnp.pad(query, ((0, 0), (0, missing), (0, 0)))
+
+
+def _run(problem, num_heads, query, table, indices):
   """Output `[F, N, value_dim]` and log-sum-exp `[F, N]`, splits summed."""
   splits = choose_splits(
     problem.items, problem.steps, problem.num_multiprocessors
   )
   problem = problem.with_splits(splits)
   kernel = forward
-  if splits == 1 and query.shape[1] <= few_heads.MAX_HEADS:
+  if splits == 1 and num_heads <= few_heads.MAX_HEADS:
     kernel = few_heads
-  out, log_sum_exp = kernel.call(problem, query, table, indices)
-  shape = (problem.flat_queries, problem.head_tiles, splits, items.ROWS)
-  log_sum_exp = log_sum_exp.reshape(shape)
-  if splits == 1:
-    log_sum_exp = log_sum_exp[:, :, 0, : problem.heads]
-    return out, log_sum_exp.reshape(problem.flat_queries, -1)
-  out, log_sum_exp = combine(
-    out.reshape(*shape, problem.value_dim)[..., : problem.heads, :],
-    log_sum_exp[..., : problem.heads],
-  )
-  return (
-    out.astype(query.dtype).reshape(*query.shape[:2], problem.value_dim),
-    log_sum_exp.reshape(query.shape[:2]),
-  )
+  out, log_sum_exps = kernel.call(problem, query, table, indices)
+  log_sum_exp = combine.log_sum_exp(problem, num_heads, log_sum_exps)
+  if splits > 1:
+    out = combine.call(problem, num_heads, out, log_sum_exps)
+  return out[:, :num_heads], log_sum_exp
 
 
 def choose_splits(units: int, steps: int, multiprocessors: int) -> int:
@@ -231,29 +227,15 @@ def choose_splits(units: int, steps: int, multiprocessors: int) -> int:
   return -(-steps // -(-steps // best))
 
 
-def combine(
-  outs: Float32[Array, "F tiles splits N V"],
-  log_sum_exps: Float32[Array, "F tiles splits N"],
-) -> tuple[Float32[Array, "F tiles N V"], Float32[Array, "F tiles N"]]:
-  """Joins the parts of each query's rows, of which some may be empty."""
-  maximum = log_sum_exps.max(axis=2, keepdims=True)
-  maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-  weights = jnp.exp(log_sum_exps - maximum)
-  total = weights.sum(axis=2)
-  out = (outs * weights[..., None]).sum(axis=2)
-  out = out / jnp.where(total == 0, 1.0, total)[..., None]
-  return out, maximum[:, :, 0] + jnp.log(total)
-
-
-def _forward(query, kv_latent, indices, scale, value_dim, num_heads):
+def _forward(query, kv_latent, indices, scale, value_dim):
   arguments = jax.tree.map(
     lambda primal: primal.value, (query, kv_latent, indices)
   )
-  out, residuals = _attend(*arguments, scale, value_dim, num_heads)
+  out, residuals = _attend(*arguments, scale, value_dim)
   return (out, residuals), (*arguments, out, residuals.log_sum_exp)
 
 
-def _backward(scale, value_dim, num_heads, saved, grads):
+def _backward(scale, value_dim, saved, grads):
   query, kv_latent, indices, out, log_sum_exp = saved
   if isinstance(kv_latent, QuantizedLatents):
     attend = functools.partial(
@@ -263,7 +245,7 @@ def _backward(scale, value_dim, num_heads, saved, grads):
       scale=scale,
       value_dim=value_dim,
     )
-    return _quantized_backward(attend, query, num_heads, grads), None, None
+    return _quantized_backward(attend, query, grads), None, None
   grad_out, residuals = grads
   grad_query, grad_latent = backward.sparse_mla_backward(
     query,
@@ -276,26 +258,19 @@ def _backward(scale, value_dim, num_heads, saved, grads):
     _none_if_zero(residuals.mean_probs),
     scale=scale,
     value_dim=value_dim,
-    num_heads=num_heads,
   )
   return grad_query, grad_latent, None
 
 
-def _quantized_backward(attend, query, num_heads, grads):
-  """XLA's gradient of the queries, of which some heads are padding."""
-  grad_out, residuals = jax.tree.map(
+def _quantized_backward(attend, query, grads):
+  """XLA's gradient of the queries."""
+  grads = jax.tree.map(
     lambda grad: jnp.zeros(grad.shape, grad.dtype) if _is_zero(grad) else grad,
     grads,
     is_leaf=_is_zero,
   )
-  _, vjp = jax.vjp(lambda query: attend(query[:, :, :num_heads]), query)
-  (grad_query,) = vjp(
-    (
-      grad_out[:, :, :num_heads],
-      residuals._replace(log_sum_exp=residuals.log_sum_exp[:, :, :num_heads]),
-    )
-  )
-  return grad_query
+  _, vjp = jax.vjp(attend, query)
+  return vjp(grads)[0]
 
 
 def _is_zero(grad):

@@ -25,13 +25,12 @@ def sparse_mla_backward(
   *,
   scale: float,
   value_dim: int,
-  num_heads: int,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S C"]]:
   """Gradients of the queries and of the rows.
 
   Args:
-    query: bfloat16; N a multiple of 8 up to 64, or of 16 up to 128; C a
-      multiple of 64 up to 576.
+    query: bfloat16; N up to 128, of no multiple of 8 (above 64, of 16) padded;
+      C a multiple of 64 up to 576.
     kv_latent: bfloat16.
     indices: as the forward's, -1 for none; K a multiple of 64. Of a row that a
       query has twice, one term would be lost.
@@ -42,7 +41,6 @@ def sparse_mla_backward(
     grad_mean_probs: None: zeros. If given, XLA computes everything.
     scale: factor on the logits.
     value_dim: V.
-    num_heads: heads before padding; those behind add nothing.
 
   Returns:
     In the dtypes of `query` and `kv_latent`, the same in every run: the rows'
@@ -60,7 +58,6 @@ def sparse_mla_backward(
       grad_mean_probs,
       scale=scale,
       value_dim=value_dim,
-      num_heads=num_heads,
     )
   batch, num_queries, heads, width = query.shape
   num_keys = kv_latent.shape[1]
@@ -71,13 +68,16 @@ def sparse_mla_backward(
     # A query without rows may come with any gradient of its -inf.
     delta -= jnp.where(log_sum_exp > -jnp.inf, grad_log_sum_exp, 0.0)
   head_tiles = -(-heads // kernel.TILE)
-  tile_heads = heads // head_tiles
+  tile_heads = -(-heads // (8 * head_tiles)) * 8
 
   def by_tile(x):
-    return x.reshape(batch * num_queries * head_tiles, tile_heads, *x.shape[3:])
+    x = _pad_second(
+      x.reshape(batch * num_queries, *x.shape[2:]), head_tiles * tile_heads
+    )
+    return x.reshape(-1, tile_heads, *x.shape[2:])
 
-  def pad_heads(x):
-    return jnp.pad(by_tile(x), ((0, 0), (0, kernel.TILE - tile_heads)))
+  def by_row(x):
+    return _pad_second(by_tile(x), kernel.TILE)
 
   problem = kernel.Problem(
     sizes=row_sums.Sizes(
@@ -98,8 +98,8 @@ def sparse_mla_backward(
     by_tile(grad_out),
     kv_latent.reshape(-1, width),
     indices.reshape(batch * num_queries, -1),
-    pad_heads(log_sum_exp * math.log2(math.e)),
-    pad_heads(delta),
+    by_row(log_sum_exp * math.log2(math.e)),
+    by_row(delta),
   )
   grad_query = jax.new_ref(jax.lax.empty(arguments[0].shape, query.dtype))
   grad_latent = row_sums.sums(
@@ -108,10 +108,16 @@ def sparse_mla_backward(
       problem, bounds, *arguments, grad_query, bits
     ),
   )
+  grad_query = grad_query[...].reshape(*query.shape[:2], -1, width)
   return (
-    grad_query[...].reshape(query.shape),
+    grad_query[:, :, :heads],
     grad_latent.reshape(kv_latent.shape).astype(kv_latent.dtype),
   )
+
+
+def _pad_second(x, size):
+  """Zeros of query and gradient: such a head adds nothing."""
+  return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 def _reference_backward(
@@ -124,24 +130,16 @@ def _reference_backward(
   *,
   scale,
   value_dim,
-  num_heads,
 ):
   """XLA's gradient, which alone has that of `mean_probs`."""
-  padding = query.shape[2] - num_heads
   if grad_log_sum_exp is None:
     grad_log_sum_exp = jnp.zeros(query.shape[:3], jnp.float32)
   _, vjp = jax.vjp(
     lambda query, kv_latent: reference.sparse_mla(
       query, kv_latent, indices, scale=scale, value_dim=value_dim
     ),
-    query[:, :, :num_heads],
+    query,
     kv_latent,
   )
-  residuals = reference.SparseMLAResiduals(
-    grad_log_sum_exp[:, :, :num_heads], grad_mean_probs
-  )
-  grad_query, grad_kv = vjp((grad_out[:, :, :num_heads], residuals))
-  return (
-    jnp.pad(grad_query, ((0, 0), (0, 0), (0, padding), (0, 0))),
-    grad_kv,
-  )
+  residuals = reference.SparseMLAResiduals(grad_log_sum_exp, grad_mean_probs)
+  return vjp((grad_out, residuals))

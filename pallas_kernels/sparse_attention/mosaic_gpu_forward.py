@@ -58,7 +58,7 @@ def call(
     `[items, 64, value_dim]`, each of its own part of the rows.
   """
   if problem.splits == 1:
-    shape = (problem.flat_queries, query.shape[1], problem.value_dim)
+    shape = (*query.shape[:2], problem.value_dim)
     out_type = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   else:
     shape = (problem.items, ROWS, problem.value_dim)
@@ -90,7 +90,7 @@ class _Refs:
     indices: `[F, K]`.
     out: as `call` returns it.
     log_sum_exp: `[items, 64]`.
-    query_tiles: `[column tiles, 64 heads, 64]`; staging of the output.
+    heads: the query's, 64 rows; staging of the output.
     probs: of the first half's keys (and the second's, where there is room).
     by_head: `[4, 64]`: each warpgroup's maxima, then its sums.
     query_full: a query's tiles have arrived.
@@ -102,7 +102,7 @@ class _Refs:
   indices: jax.Ref
   out: jax.Ref
   log_sum_exp: jax.Ref
-  query_tiles: jax.Ref
+  heads: items.HeadTiles
   probs: jax.Ref
   by_head: jax.Ref
   query_full: jax.Ref
@@ -121,7 +121,7 @@ def _shares_a_tile(problem):
 
 def _scratch(problem):
   return (
-    items.tiled(problem.column_tiles, ROWS, TILE),
+    items.heads_scratch(problem, ROWS),
     items.tiled(1 if _shares_a_tile(problem) else 2, ROWS, ROWS),
     plgpu.SMEM((4, ROWS), jnp.float32),
     plgpu.Barrier(num_arrivals=problem.column_tiles),
@@ -131,7 +131,15 @@ def _scratch(problem):
 
 def _body(problem, *arrays):
   *arrays, rows, words, free_first, free_rest = arrays
-  refs = _Refs(*arrays, items.Rows(rows, words, (free_first, free_rest)))
+  *outer, heads, probs, by_head, query_full = arrays
+  refs = _Refs(
+    *outer,
+    items.head_tiles(heads),
+    probs,
+    by_head,
+    query_full,
+    items.Rows(rows, words, (free_first, free_rest)),
+  )
 
   def multiply(half):
     multiplier = _Multiplier(problem, refs, half)
@@ -168,17 +176,8 @@ class _Multiplier:
     other way round: both have their last logits before their last values.
     """
     place = items.place(self.problem, item)
-    heads = self.problem.heads
     for tile in self._own_tiles():
-      plgpu.copy_gmem_to_smem(
-        self.refs.query.at[
-          place.query,
-          pl.ds(place.head_tile * heads, heads),
-          pl.ds(TILE * tile, TILE),
-        ],
-        self.refs.query_tiles.at[tile, pl.ds(0, heads)],
-        self.refs.query_full,
-      )
+      self.refs.heads.load(self.refs.query, place, tile, self.refs.query_full)
 
   def _own_tiles(self):
     values, columns = self.problem.value_tiles, self.problem.column_tiles
@@ -193,7 +192,7 @@ class _Multiplier:
     place = items.place(self.problem, item)
     plgpu.barrier_wait(self.refs.query_full)
     last_tile = plgpu.load(
-      self.refs.query_tiles.at[self.problem.column_tiles - 1],
+      self.refs.heads.tiles.at[self.problem.column_tiles - 1],
       layout=_LAYOUT,
       optimized=False,
     )
@@ -283,7 +282,7 @@ class _Multiplier:
         for tile in range(*self.problem.parts[part]):
           plgpu.wgmma(
             accumulator,
-            query_tile if tile == last else refs.query_tiles.at[zero + tile],
+            query_tile if tile == last else refs.heads.tiles.at[zero + tile],
             refs.rows.rows.at[slot, :, pl.ds(TILE * tile, TILE)].transpose(
               (1, 0)
             ),
@@ -309,7 +308,7 @@ class _Multiplier:
 
   def _probs_1(self):
     if _shares_a_tile(self.problem):
-      return self.refs.query_tiles.at[
+      return self.refs.heads.tiles.at[
         copies.opaque(self.problem.column_tiles - 1)
       ]
     return self.refs.probs.at[1]
@@ -343,23 +342,15 @@ class _Multiplier:
       self.load_query(next_item)
 
   def _store(self, place, out):
-    heads = self.problem.heads
     tiles = range(self.problem.value_tiles // 2)
     first = self.half * len(tiles)
     for tile in tiles:
-      self.refs.query_tiles.at[first + tile][...] = out[
+      self.refs.heads.tiles.at[first + tile][...] = out[
         :, TILE * tile : TILE * (tile + 1)
       ]
     plgpu.commit_smem()
     for tile in tiles:
-      plgpu.copy_smem_to_gmem(
-        self.refs.query_tiles.at[first + tile, pl.ds(0, heads)],
-        self.refs.out.at[
-          place.query,
-          pl.ds(place.head_tile * heads, heads),
-          pl.ds(TILE * (first + tile), TILE),
-        ],
-      )
+      self.refs.heads.store(self.refs.out, place, first + tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

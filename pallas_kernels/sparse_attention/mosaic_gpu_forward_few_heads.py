@@ -60,7 +60,7 @@ def call(
     _body(problem, *refs)
 
   heads = problem.heads
-  shape = (problem.flat_queries, heads, problem.value_dim)
+  shape = (*query.shape[:2], problem.value_dim)
   return plgpu.kernel(
     sparse_mla_few_heads,
     out_type=(
@@ -68,7 +68,7 @@ def call(
       jax.ShapeDtypeStruct((problem.flat_queries, ROWS), jnp.float32),
     ),
     scratch_types=(
-      items.tiled(problem.column_tiles, heads, TILE),
+      items.heads_scratch(problem, heads),
       items.tiled(2, heads, ROWS),
       plgpu.SMEM((2, fragments.rows_scratch_words(heads)), jnp.float32),
       plgpu.SMEM((5, ROWS), jnp.float32),
@@ -93,8 +93,8 @@ class _Refs:
     indices: `[F, K]`.
     out: `[F, N, value_dim]`.
     log_sum_exp: `[F, 64]`.
-    query_tiles: `[column tiles, heads, 64]`; after a query's last logits, what
-      the warpgroups exchange, then staging of the output.
+    heads: the query's; after its last logits, what the warpgroups exchange,
+      then staging of the output.
     probs: `[2, heads, 64 keys]`: each warpgroup's.
     reductions: each warpgroup's scratch of them.
     by_head: `[5, 64]`: each warpgroup's maxima, then its sums, then the
@@ -108,7 +108,7 @@ class _Refs:
   indices: jax.Ref
   out: jax.Ref
   log_sum_exp: jax.Ref
-  query_tiles: jax.Ref
+  heads: items.HeadTiles
   probs: jax.Ref
   reductions: jax.Ref
   by_head: jax.Ref
@@ -118,7 +118,16 @@ class _Refs:
 
 def _body(problem, *arrays):
   *arrays, rows, words, free_first, free_rest = arrays
-  refs = _Refs(*arrays, items.Rows(rows, words, (free_first, free_rest)))
+  *outer, heads, probs, reductions, by_head, query_full = arrays
+  refs = _Refs(
+    *outer,
+    items.head_tiles(heads),
+    probs,
+    reductions,
+    by_head,
+    query_full,
+    items.Rows(rows, words, (free_first, free_rest)),
+  )
 
   def multiply(half):
     multiplier = _Multiplier(problem, refs, half)
@@ -150,12 +159,9 @@ class _Multiplier:
 
   def load_query(self, item):
     """Starts loading the tiles that this warpgroup stored its output from."""
+    place = items.place(self.problem, item)
     for tile in range(*self.problem.parts[self.half]):
-      plgpu.copy_gmem_to_smem(
-        self.refs.query.at[item, :, pl.ds(TILE * tile, TILE)],
-        self.refs.query_tiles.at[tile],
-        self.refs.query_full,
-      )
+      self.refs.heads.load(self.refs.query, place, tile, self.refs.query_full)
 
   def attend(self, item, step):
     """Attends one item; returns the steps so far."""
@@ -222,7 +228,7 @@ class _Multiplier:
           plgpu.wgmma(
             accumulator,
             refs.rows.rows.at[slot, :, pl.ds(TILE * tile, TILE)],
-            refs.query_tiles.at[zero + tile].transpose((1, 0)),
+            refs.heads.tiles.at[zero + tile].transpose((1, 0)),
           )
       return accumulator[...], refs.rows.indices(half, _BY_ROW)
 
@@ -266,7 +272,7 @@ class _Multiplier:
 
   def _join(self, outs):
     """The sum of the two warpgroups' outputs, in this one's columns."""
-    words = self.refs.query_tiles
+    words = self.refs.heads.tiles
     joined = None
     for part in range(2):
       if part != self.half:
@@ -282,15 +288,13 @@ class _Multiplier:
     count = self.problem.value_tiles // 2
     tiles = range(half * count, (half + 1) * count)
     for i, tile in enumerate(tiles):
-      refs.query_tiles.at[tile].transpose((1, 0))[...] = _transposed(
+      refs.heads.tiles.at[tile].transpose((1, 0))[...] = _transposed(
         out[TILE * i : TILE * (i + 1)]
       )
     plgpu.commit_smem()
+    place = items.place(self.problem, item)
     for tile in tiles:
-      plgpu.copy_smem_to_gmem(
-        refs.query_tiles.at[tile],
-        refs.out.at[item, :, pl.ds(TILE * tile, TILE)],
-      )
+      refs.heads.store(refs.out, place, tile)
     if half == 0:
       # A whole row: a part of it is no whole number of cache lines.
       plgpu.copy_smem_to_gmem(refs.by_head.at[4], refs.log_sum_exp.at[item])

@@ -41,7 +41,8 @@ class Problem:
     batch: caches.
     num_queries: of each cache.
     num_keys: rows of each cache.
-    heads: of a tile: a multiple of 8, at most 64.
+    heads: of a tile: 64, or if it is the only one a multiple of 8 up to 64,
+      of which the query may have fewer.
     head_tiles: of a query.
     width: of a row; a multiple of 64.
     value_dim: its leading columns that are values; a multiple of 128.
@@ -170,6 +171,58 @@ def rows_scratch(problem: Problem) -> tuple:
 def tiled(*shape):
   """Shared memory that wgmma reads."""
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=copies.TRANSFORMS)
+
+
+def heads_scratch(problem: Problem, rows: int) -> plgpu.RefUnion:
+  """Scratch of `HeadTiles`: `rows` heads, of which a query may lack some."""
+  shape = (problem.column_tiles, rows, TILE)
+  # wgmma's tiles of 8 rows follow each other, so tiles of more rows are the
+  # same bytes. A copy needs them: it clips what lies behind the array's rows
+  # where the array has fewer than a tile.
+  boxes = plgpu.TilingTransform((rows, TILE)), copies.TRANSFORMS[1]
+  return plgpu.RefUnion(
+    tiled(*shape), plgpu.SMEM(shape, jnp.bfloat16, transforms=boxes)
+  )
+
+
+class HeadTiles(NamedTuple):
+  """A query's heads in shared memory, or their outputs on the way out.
+
+  Attributes:
+    tiles: `[column tiles, heads, 64]`, for products.
+    boxes: the same memory, for copies.
+  """
+
+  tiles: jax.Ref
+  boxes: jax.Ref
+
+  def load(self, query, place, tile, barrier):
+    """Starts loading a tile; heads that the query lacks become 0."""
+    plgpu.copy_gmem_to_smem(
+      query.at[place.query, self._heads(place), _columns(tile)],
+      self.boxes.at[tile],
+      barrier,
+    )
+
+  def store(self, out, place, tile):
+    """Starts storing a tile, but for heads that the query lacks."""
+    plgpu.copy_smem_to_gmem(
+      self.boxes.at[tile],
+      out.at[place.query, self._heads(place), _columns(tile)],
+    )
+
+  def _heads(self, place):
+    rows = self.boxes.shape[1]
+    return pl.ds(place.head_tile * rows, rows)
+
+
+def head_tiles(scratch: tuple[jax.Ref, jax.Ref]) -> HeadTiles:
+  """Of what `heads_scratch` becomes in a kernel."""
+  return HeadTiles(*scratch)
+
+
+def _columns(tile):
+  return pl.ds(TILE * tile, TILE)
 
 
 def compiler_params() -> plgpu.CompilerParams:

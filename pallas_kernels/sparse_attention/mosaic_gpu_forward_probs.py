@@ -44,7 +44,7 @@ def call(
     query: all batches' queries.
     table: all batches' rows.
     indices: of rows of a query's own batch, -1 for none.
-    log_sum_exp: of the scaled logits; inf for a head that must not count.
+    log_sum_exp: of the scaled logits.
 
   Returns:
     Sums of the probabilities over each tile's heads; 0 at index -1.
@@ -58,7 +58,7 @@ def call(
     sparse_mla_mean_probs,
     out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
     scratch_types=(
-      items.tiled(problem.column_tiles, problem.heads, TILE),
+      items.heads_scratch(problem, problem.heads),
       plgpu.Barrier(num_arrivals=problem.column_tiles),
       *items.rows_scratch(problem),
     ),
@@ -67,7 +67,17 @@ def call(
     num_threads=3,
     thread_name="warpgroup",
     compiler_params=items.compiler_params(),
-  )(query, table, indices, log_sum_exp * math.log2(math.e))
+  )(query, table, indices, _by_tile(problem, log_sum_exp))
+
+
+def _by_tile(problem, log_sum_exp):
+  """In units of log 2; inf, so probability 0, behind the heads."""
+  missing = problem.head_tiles * problem.heads - log_sum_exp.shape[1]
+  return jnp.pad(
+    log_sum_exp * math.log2(math.e),
+    ((0, 0), (0, missing)),
+    constant_values=jnp.inf,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +88,9 @@ class _Refs:
     query: `[F, N, C]`.
     table: `[B S, C]`, or its three arrays.
     indices: `[F, K]`.
-    log_sum_exp: `[F, N]`, in units of log 2.
+    log_sum_exp: `[F, tiles x heads]`, in units of log 2.
     out: `[tiles, F, K]`.
-    query_tiles: `[column tiles, heads, 64]`.
+    heads: the query's.
     query_full: a query's tiles have arrived.
     rows: of a step.
   """
@@ -90,14 +100,20 @@ class _Refs:
   indices: jax.Ref
   log_sum_exp: jax.Ref
   out: jax.Ref
-  query_tiles: jax.Ref
+  heads: items.HeadTiles
   query_full: jax.Ref
   rows: items.Rows
 
 
 def _body(problem, *arrays):
   *arrays, rows, words, free_first, free_rest = arrays
-  refs = _Refs(*arrays, items.Rows(rows, words, (free_first, free_rest)))
+  *outer, heads, query_full = arrays
+  refs = _Refs(
+    *outer,
+    items.head_tiles(heads),
+    query_full,
+    items.Rows(rows, words, (free_first, free_rest)),
+  )
 
   def multiply(half):
     if half == 0:
@@ -111,17 +127,8 @@ def _body(problem, *arrays):
 
 def _load_query(problem, refs, item):
   place = items.place(problem, item)
-  heads = problem.heads
   for tile in range(problem.column_tiles):
-    plgpu.copy_gmem_to_smem(
-      refs.query.at[
-        place.query,
-        pl.ds(place.head_tile * heads, heads),
-        pl.ds(TILE * tile, TILE),
-      ],
-      refs.query_tiles.at[tile],
-      refs.query_full,
-    )
+    refs.heads.load(refs.query, place, tile, refs.query_full)
 
 
 def _sum_item(problem, refs, half, item, step):
@@ -167,7 +174,7 @@ def _logits(problem, refs, half, step):
       plgpu.wgmma(
         accumulator,
         refs.rows.rows.at[slot, :, pl.ds(TILE * tile, TILE)],
-        refs.query_tiles.at[tile].transpose((1, 0)),
+        refs.heads.tiles.at[tile].transpose((1, 0)),
       )
     return accumulator[...], refs.rows.indices(half, _BY_KEY)
 

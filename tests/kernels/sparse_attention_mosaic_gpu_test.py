@@ -28,6 +28,9 @@ from pallas_kernels.sparse_attention import (
 )
 from pallas_kernels.sparse_attention import mosaic_gpu_forward as forward
 from pallas_kernels.sparse_attention import (
+  mosaic_gpu_forward_combine as combine,
+)
+from pallas_kernels.sparse_attention import (
   mosaic_gpu_forward_few_heads as few_heads,
 )
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
@@ -59,25 +62,45 @@ def attend_items(problem, query, table, indices):
     out, residuals = _reference(problem, query, table, indices[:, first:last])
     outs.append(out)
     log_sum_exps.append(residuals.log_sum_exp)
-  rest = items.ROWS - problem.heads
-  tiled = (problem.flat_queries, problem.head_tiles, problem.heads)
-  log_sum_exp = jnp.stack([x.reshape(tiled) for x in log_sum_exps], axis=2)
-  log_sum_exp = jnp.pad(
-    log_sum_exp, ((0, 0),) * 3 + ((0, rest),), constant_values=jnp.nan
-  ).reshape(problem.items, items.ROWS)
+  log_sum_exp = _by_tile(problem, jnp.stack(log_sum_exps, axis=-1))
+  log_sum_exp = log_sum_exp.reshape(problem.items, items.ROWS)
   if problem.splits == 1:
     shape = (*query.shape[:2], problem.value_dim)
     return outs[0].reshape(shape).astype(jnp.bfloat16), log_sum_exp
-  out = jnp.stack([x.reshape(*tiled, problem.value_dim) for x in outs], axis=2)
-  out = jnp.pad(
-    out, ((0, 0),) * 3 + ((0, rest), (0, 0)), constant_values=jnp.nan
-  )
+  out = _by_tile(problem, jnp.stack(outs, axis=3))
   return out.reshape(problem.items, items.ROWS, -1), log_sum_exp
+
+
+def join_items(problem, num_heads, outs, log_sum_exps):
+  """What `mosaic_gpu_forward_combine.call` returns."""
+  shape = (-1, problem.head_tiles, problem.splits, items.ROWS)
+  weights = jax.nn.softmax(log_sum_exps.reshape(shape), axis=2)
+  # Of a query without rows; elsewhere NaN is of heads that it lacks.
+  weights = jnp.where(jnp.isnan(weights), 0, weights)
+  joined = weights[..., None] * outs.reshape(*shape, problem.value_dim)
+  joined = joined.sum(axis=2).reshape(problem.flat_queries, -1, outs.shape[-1])
+  return joined[:, :num_heads].astype(jnp.bfloat16)
+
+
+def _by_tile(problem, x):
+  """`[B, T, N, splits, ...]` as `[F, tiles, splits, 64, ...]`; NaN behind."""
+
+  def extend(x, axis, size):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=jnp.nan)
+
+  x = x.reshape(problem.flat_queries, *x.shape[2:])
+  x = extend(x, 1, problem.head_tiles * problem.heads)
+  tiled = (problem.flat_queries, problem.head_tiles, problem.heads)
+  x = x.reshape(*tiled, *x.shape[2:])
+  return extend(jnp.moveaxis(x, 3, 2), 3, items.ROWS)
 
 
 def sum_probs(problem, query, table, indices, log_sum_exp):
   """What `mosaic_gpu_forward_probs.call` returns."""
   assert problem.splits == 1
+  query = query[:, : log_sum_exp.shape[1]]
   rows = table.reshape(problem.batch, problem.num_keys, -1)
   selected = indices.reshape(problem.batch, problem.num_queries, -1)
   rows = jax.vmap(lambda rows, i: rows[i])(rows, selected)
@@ -89,8 +112,9 @@ def sum_probs(problem, query, table, indices, log_sum_exp):
   )
   probs = jnp.exp(logits - log_sum_exp[..., None])
   probs = jnp.where(indices[:, None] >= 0, probs, 0)
-  tiled = (problem.flat_queries, problem.head_tiles, problem.heads, -1)
-  return jnp.moveaxis(probs.reshape(tiled).sum(axis=2), 1, 0)
+  first, second = probs[:, : problem.heads], probs[:, problem.heads :]
+  tiles = (first, second)[: problem.head_tiles]
+  return jnp.stack([tile.sum(axis=1) for tile in tiles])
 
 
 def _reference(problem, query, table, indices):
@@ -116,14 +140,12 @@ def differentiate(
   *,
   scale,
   value_dim,
-  num_heads,
 ):
   """XLA's gradient in the place of the kernel's."""
   assert grad_log_sum_exp is None
   assert grad_mean_probs is None
   assert out.shape == grad_out.shape
   assert log_sum_exp.shape == query.shape[:3]
-  assert num_heads <= query.shape[2]
   _, vjp = jax.vjp(
     lambda *args: reference.sparse_mla(
       *args, indices, scale=scale, value_dim=value_dim
@@ -139,6 +161,7 @@ def setup(test, device=_CHIP):
     (chip, "chip", lambda: device),
     (mosaic_gpu.forward, "call", attend_items),
     (mosaic_gpu.few_heads, "call", attend_items),
+    (mosaic_gpu.combine, "call", join_items),
     (mosaic_gpu.probs, "call", sum_probs),
     (mosaic_gpu.backward, "sparse_mla_backward", differentiate),
   ):
@@ -196,21 +219,6 @@ class EntryTest(parameterized.TestCase):
         splits = mosaic_gpu.choose_splits(units, steps, 132)
         self.assertLess((splits - 1) * -(-steps // splits), steps)
 
-  def test_combine_of_empty_and_full_splits(self):
-    outs = jnp.asarray([[0.0, 0.0], [2.0, 4.0], [6.0, 0.0]])
-    outs = outs.reshape(1, 1, 3, 1, 2)
-    log_sum_exps = jnp.asarray([-np.inf, 0.0, np.log(3.0)])
-    out, log_sum_exp = mosaic_gpu.combine(
-      outs, log_sum_exps.reshape(1, 1, 3, 1)
-    )
-    np.testing.assert_allclose(out.ravel(), [5.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(log_sum_exp.ravel(), [np.log(4)], rtol=1e-6)
-    out, log_sum_exp = mosaic_gpu.combine(
-      0 * outs, jnp.full((1, 1, 3, 1), -jnp.inf)
-    )
-    np.testing.assert_array_equal(out.ravel(), [0, 0])
-    np.testing.assert_array_equal(log_sum_exp.ravel(), [-np.inf])
-
   def test_says_what_it_cannot_run(self):
     def call(heads=4, width=64, dtype="bfloat16", count=8):
       shape = shapes.Shape(1, 4, 40, heads, width, 16, count)
@@ -260,12 +268,13 @@ class InterpretedTest(parameterized.TestCase):
     self.enter_context(
       mock.patch.object(items.Rows, "indices", _portable_indices)
     )
-    # Tiles and swizzles are not interpreted.
-    self.enter_context(
-      mock.patch.object(
-        items, "tiled", lambda *shape: plgpu.SMEM(shape, jnp.bfloat16)
-      )
-    )
+    # Tiles and swizzles are not interpreted, nor is memory of two shapes.
+    for name, substitute in (
+      ("tiled", lambda *shape: plgpu.SMEM(shape, jnp.bfloat16)),
+      ("heads_scratch", _portable_heads_scratch),
+      ("head_tiles", lambda ref: items.HeadTiles(ref, ref)),
+    ):
+      self.enter_context(mock.patch.object(items, name, substitute))
 
   def problem(self, **changes):
     sizes = {
@@ -282,9 +291,9 @@ class InterpretedTest(parameterized.TestCase):
     }
     return items.Problem(**sizes | changes)
 
-  def inputs(self, problem, is_quantized=False):
+  def inputs(self, problem, is_quantized=False, heads=None):
     rng = np.random.default_rng(0)
-    heads = problem.heads * problem.head_tiles
+    heads = heads or problem.heads * problem.head_tiles
     query = rng.normal(size=(problem.flat_queries, heads, problem.width))
     table = rng.normal(size=(problem.batch * problem.num_keys, problem.width))
     table[:: problem.num_keys] = np.nan
@@ -324,16 +333,19 @@ class InterpretedTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (forward, {}),
-    (forward, {"head_tiles": 2, "batch": 1}),
+    (forward, {"head_tiles": 2, "heads": 64, "batch": 1}),
     (forward, {"width": 128, "batch": 1, "count": 384}),
     (few_heads, {}),
     (few_heads, {"batch": 1, "heads": 16, "count": 384}),
     (forward, _FLOAT8, True),
     (few_heads, {**_FLOAT8, "batch": 1}, True),
+    # The tile lacks heads.
+    (forward, {"batch": 1}, False, 5),
+    (few_heads, {}, False, 5),
   )
-  def test_attends(self, kernel, changes, is_quantized=False):
+  def test_attends(self, kernel, changes, is_quantized=False, heads=None):
     problem = self.problem(**changes)
-    args = self.inputs(problem, is_quantized)
+    args = self.inputs(problem, is_quantized, heads)
     with portable_copies.interpreted(detect_races=True):
       out, log_sum_exp = jax.jit(lambda *args: kernel.call(problem, *args))(
         *args
@@ -344,7 +356,8 @@ class InterpretedTest(parameterized.TestCase):
       expected[0],
       **tolerances.tolerance("bfloat16", 4),
     )
-    log_sum_exp = log_sum_exp[:, : problem.heads].reshape(expected[1].shape)
+    log_sum_exp = log_sum_exp[:, : problem.heads].reshape(len(out), -1)
+    log_sum_exp = log_sum_exp[:, : out.shape[1]]
     np.testing.assert_allclose(
       log_sum_exp, expected[1], **tolerances.tolerance("float32", problem.width)
     )
@@ -356,37 +369,69 @@ class InterpretedTest(parameterized.TestCase):
       outs, log_sum_exps = jax.jit(lambda *args: forward.call(problem, *args))(
         *args
       )
-    shape = (problem.flat_queries, 1, 2, items.ROWS)
-    out, log_sum_exp = mosaic_gpu.combine(
-      outs.reshape(*shape, -1)[..., : problem.heads, :],
-      log_sum_exps.reshape(shape)[..., : problem.heads],
-    )
     expected = self.expected(problem, *args)
     np.testing.assert_allclose(
-      out[:, 0], expected[0], **tolerances.tolerance("bfloat16", 4)
+      self.combined(problem, 8, outs, log_sum_exps),
+      expected[0],
+      **tolerances.tolerance("bfloat16", 4),
     )
     np.testing.assert_allclose(
-      log_sum_exp[:, 0],
+      combine.log_sum_exp(problem, 8, log_sum_exps),
       expected[1],
       **tolerances.tolerance("float32", problem.width),
+    )
+
+  def combined(self, problem, num_heads, *parts):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+      out = jax.jit(lambda *parts: combine.call(problem, num_heads, *parts))(
+        *parts
+      )
+    return np.asarray(out, np.float32)
+
+  def test_combines_two_tiles_of_empty_and_full_parts(self):
+    problem = self.problem(splits=3, head_tiles=2, heads=64, batch=1)
+    rng = np.random.default_rng(0)
+    outs = rng.normal(size=(2, 3, 64, problem.value_dim))
+    logs = rng.normal(size=(2, 3, 64))
+    # Head 0 of each tile: one part alone has rows; head 1: none has.
+    logs[:, :2, 0] = logs[:, :, 1] = -np.inf
+    outs = np.where(np.isneginf(logs)[..., None], 0, outs)
+    # Behind the second tile's heads lies whatever was there.
+    outs[1, :, 6:], logs[1, :, 6:] = np.nan, np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+      total = np.exp(logs).sum(axis=1)
+      weights = np.exp(logs) / np.where(total == 0, 1, total)[:, None]
+      expected = (outs * weights[..., None]).sum(axis=1).reshape(1, 128, -1)
+      log_sum_exp = np.log(total).reshape(1, 128)
+    parts = (
+      jnp.asarray(outs.reshape(6, 64, -1), jnp.float32),
+      jnp.asarray(logs.reshape(6, 64), jnp.float32),
+    )
+    np.testing.assert_allclose(
+      self.combined(problem, 70, *parts),
+      expected[:, :70],
+      **tolerances.tolerance("bfloat16"),
+    )
+    np.testing.assert_allclose(
+      combine.log_sum_exp(problem, 70, parts[1]),
+      log_sum_exp[:, :70],
+      **tolerances.tolerance("float32"),
     )
 
   @parameterized.parameters(({}, False), (_FLOAT8, True))
   def test_sums_probabilities(self, changes, is_quantized):
     problem = self.problem(batch=1, num_queries=2, **changes)
-    args = self.inputs(problem, is_quantized)
+    # Of its 8 heads the tile lacks one.
+    args = self.inputs(problem, is_quantized, heads=7)
     _, log_sum_exp, mean_probs = self.expected(problem, *args)
-    # The last head must not count.
-    log_sum_exp[:, -1] = np.inf
     with portable_copies.interpreted(detect_races=True):
       sums = jax.jit(lambda *args: probs.call(problem, *args))(
         *args, jnp.asarray(log_sum_exp, jnp.float32)
       )
     self.assertEqual(sums.shape, (1, *mean_probs.shape))
-    dropped = self.expected(problem, args[0][:, -1:], *args[1:])[2]
     np.testing.assert_allclose(
       sums.sum(axis=0),
-      8 * mean_probs - dropped,
+      7 * mean_probs,
       **tolerances.tolerance("float32", problem.width),
     )
 
@@ -426,6 +471,10 @@ def _portable_rows_scratch(problem):
 
 
 _ROWS_SCRATCH = items.rows_scratch
+
+
+def _portable_heads_scratch(problem, rows):
+  return items.tiled(problem.column_tiles, rows, items.TILE)
 
 
 def _portable_indices(rows, half, layout):
