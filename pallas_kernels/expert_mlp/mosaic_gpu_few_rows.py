@@ -29,8 +29,13 @@ _COLUMNS = 64
 _DEPTH = 128
 # Bytes of shared memory for the copies in flight; the rest is the result's.
 _RING_BYTES = 192 << 10
-# Tiles of 8 rows x 128 bytes, as wgmma reads them.
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# Tiles of 8 rows x 128 bytes, as wgmma reads them. A copy moves whole ones: if
+# the array has fewer rows than one, the others become 0.
+_TILE_ROWS = 8
+_TRANSFORMS = (
+  plgpu.TilingTransform((_TILE_ROWS, 64)),
+  plgpu.SwizzleTransform(128),
+)
 
 
 def expert_mlp(
@@ -42,37 +47,47 @@ def expert_mlp(
   down: Float[Array, "G F E"],
 ) -> Float[Array, "M E"]:
   """See `api.expert_mlp`; M up to `MAX_ROWS`, E and F multiples of 128."""
-  num_rows = len(rows)
-  # A copy moves tiles of 8 rows.
-  padded = jnp.pad(rows, ((0, -num_rows % 8), (0, 0)))[None]
-  experts = experts.reshape(-1)
+  num_rows, num_choices = experts.shape
+  if num_rows > _TILE_ROWS:
+    rows = jnp.pad(rows, ((0, -num_rows % _TILE_ROWS), (0, 0)))
+  if num_rows == 1:
+    outputs = _outputs(rows, experts[0], gate, up, down)[None, :, 0]
+    return reference.weighted_sum(outputs, weights)
   # The first choice of an expert stands for all: one block serves them.
-  leaders = jnp.argmax(experts == experts[:, None], axis=1).astype(jnp.int32)
-  inner = _products(padded, (gate, up), experts, leaders, _gated)
-  outputs = _products(inner, (down,), experts, leaders, lambda product: product)
-  token = jnp.arange(len(experts)) // weights.shape[1]
+  experts = experts.reshape(-1)
+  leaders = jnp.argmax(experts == experts[:, None], axis=1)
+  is_leader = leaders == jnp.arange(len(experts))
+  outputs = _outputs(rows, jnp.where(is_leader, experts, -1), gate, up, down)
+  token = jnp.arange(len(experts)) // num_choices
   outputs = outputs[leaders, token].reshape(*weights.shape, -1)
   return reference.weighted_sum(outputs, weights)
+
+
+def _outputs(rows, experts, gate, up, down):
+  """All rows' [R, M, E] from each of `experts` [R]; undefined from -1."""
+  inner = _products(rows[None], (gate, up), experts, _gated)
+  return _products(inner, (down,), experts, lambda product: product)
 
 
 def _gated(gate, up):
   return gate / (1 + jnp.exp(-gate)) * up
 
 
-def _products(rows, matrices, experts, leaders, combine):
+def _products(rows, matrices, experts, combine):
   """`combine` of the products of rows with their block's expert's matrices.
 
   Args:
-    rows: [1 or R, M, E], one for all choices or one for each.
+    rows: [1 or R, M, E], one for all choices or one for each; M a multiple of 8
+      or less.
     matrices: arrays [G, E, F].
-    experts: [R].
-    leaders: [R]; only a choice that is its own leader gets a product.
+    experts: [R]; -1 gets no product.
     combine: of float32 products.
 
   Returns:
-    [R, M, F]; what is no leader's is undefined.
+    [R, M, F], M rounded up to 8; undefined where there is no expert.
   """
-  num_choices, num_rows, depth = len(experts), *rows.shape[1:]
+  num_choices, depth = len(experts), rows.shape[2]
+  num_rows = max(rows.shape[1], _TILE_ROWS)
   width = matrices[0].shape[2]
   slot_bytes = (MAX_ROWS + len(matrices) * _COLUMNS) * _DEPTH * 2
   slots = min(_RING_BYTES // slot_bytes, depth // _DEPTH)
@@ -103,27 +118,29 @@ def _products(rows, matrices, experts, leaders, combine):
       lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
   )
-  return kernel(rows, *matrices, experts, leaders)
+  return kernel(rows, *matrices, experts)
 
 
 def _body(rows, *refs, slots, steps, num_matrices, combine):
   matrices = refs[:num_matrices]
-  experts, leaders, out, rows_smem = refs[num_matrices : num_matrices + 4]
-  *matrix_smems, out_smem, full = refs[num_matrices + 4 :]
+  experts, out, rows_smem = refs[num_matrices : num_matrices + 3]
+  *matrix_smems, out_smem, full = refs[num_matrices + 3 :]
   choice = lax.axis_index("choice")
   columns = pl.ds(lax.axis_index("column") * _COLUMNS, _COLUMNS)
-  num_rows = rows.shape[1]
+  num_rows = out.shape[1]
+  # From 0, which JAX may not see: it refuses what leaves the array.
+  whole_tiles = pl.ds(0 * choice, num_rows)
   own_rows = rows.at[0 if len(rows) == 1 else choice]
 
-  @pl.when(leaders[choice] == choice)
-  def _():
-    expert = experts[choice]
+  expert = experts[choice]
 
+  @pl.when(expert >= 0)
+  def _():
     def start_copies(step):
       slot = lax.rem(step, jnp.int32(slots))
       depth = pl.ds(step * _DEPTH, _DEPTH)
       plgpu.copy_gmem_to_smem(
-        own_rows.at[:, depth],
+        own_rows.at[whole_tiles, depth],
         rows_smem.at[slot, pl.ds(0, num_rows)],
         full.at[slot],
       )
