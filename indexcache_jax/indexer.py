@@ -86,9 +86,7 @@ class Indexer(nn.Module):
       linear.dense(cfg, dim, "wk")(hidden)
     )
     # float32: rounding the weights to bfloat16 flips near ties at the boundary.
-    weights = linear.dense(cfg, heads, "weights_proj", dtype=jnp.float32)(
-      hidden.astype(jnp.float32)
-    )
+    weights = linear.Float32Dense(cfg, heads, name="weights_proj")(hidden)
     return IndexerOutputs(
       index_q=_rotate_head(index_q, rotary, cfg),
       index_k=_rotate_head(index_k, rotary, cfg),

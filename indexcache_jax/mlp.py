@@ -85,12 +85,7 @@ class Router(nn.Module):
       (cfg.n_routed_experts,),
       jnp.float32,
     )
-    logits = jnp.matmul(
-      rows.astype(jnp.float32),
-      kernel.astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    return route(logits, bias, cfg)
+    return route(linear.float32_product(rows, kernel), bias, cfg)
 
 
 def route(
@@ -117,12 +112,35 @@ def route(
     )
     corrected = jnp.where(is_kept[:, :, None], grouped, -jnp.inf)
     corrected = corrected.reshape(logits.shape)
-  _, experts = jax.lax.top_k(corrected, config.num_experts_per_tok)
-  weights = jnp.take_along_axis(scores, experts, axis=-1)
+  experts, weights = _take_best(corrected, scores, config.num_experts_per_tok)
   if config.norm_topk_prob:
+    # Term by term: as a reduction it would be one more kernel of a decode step.
+    total = sum(jnp.split(weights, weights.shape[-1], axis=-1))
     # 1e-20: the published guard against a sum of zero.
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    weights = weights / (total + 1e-20)
   return Routing(experts, weights * config.routed_scaling_factor)
+
+
+def _take_best(
+  keys: Float32[Array, "M E"], values: Float32[Array, "M E"], count: int
+) -> tuple[Int32[Array, "M {count}"], Float32[Array, "M {count}"]]:
+  """Places of the largest keys of each row, and the values there.
+
+  As `jax.lax.top_k` and a gather do, which XLA runs as a sort and three more
+  kernels: with so few keys to compare, two sums are faster on a GPU, above all
+  for one token.
+  """
+  place = jnp.arange(keys.shape[-1], dtype=jnp.int32)
+  is_before = (keys[:, None, :] > keys[:, :, None]) | (
+    (keys[:, None, :] == keys[:, :, None]) & (place < place[:, None])
+  )
+  rank = is_before.sum(axis=-1, dtype=jnp.int32)
+  is_taken = rank[:, None, :] == jnp.arange(count)[:, None]
+  # NaN among the keys leaves ranks out: not a sum, which could leave the range.
+  return (
+    jnp.where(is_taken, place, 0).max(axis=-1),
+    jnp.where(is_taken, values[:, None, :], 0).sum(axis=-1),
+  )
 
 
 class Experts(nn.Module):

@@ -107,6 +107,13 @@ class RouteTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(routing.weights, [[0.0, 0.0]])
 
+  def test_nan_leaves_experts_in_their_range(self):
+    logits = jnp.full((3, NUM_EXPERTS), jnp.nan).at[0].set(1.0).at[1, 3].set(2)
+    routing = mlp.route(logits, jnp.zeros(NUM_EXPERTS), toy.config())
+    self.assertTrue(np.all(routing.experts >= 0))
+    self.assertTrue(np.all(routing.experts < NUM_EXPERTS))
+    np.testing.assert_array_equal(routing.experts[0], [0, 1])
+
 
 def silu(x):
   return x / (1 + np.exp(-x))
