@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense MLP and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437)."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,10 @@ SparseTransformerConfig = config_lib.SparseTransformerConfig
 # while no such lowering of the experts exists. Jitted for its lowering, which
 # layers of one shape then share.
 expert_mlp = jax.jit(pallas_kernels.expert_mlp)
+
+
+# Of a sum that XLA leaves to one thread: fewer than 32.
+_RANK_TERMS = 16
 
 
 class Routing(NamedTuple):
@@ -131,10 +136,14 @@ def _take_best(
   for one token.
   """
   place = jnp.arange(keys.shape[-1], dtype=jnp.int32)
-  is_before = (keys[:, None, :] > keys[:, :, None]) | (
-    (keys[:, None, :] == keys[:, :, None]) & (place < place[:, None])
+  # So few terms at a time that a thread adds them, not a warp for each sum.
+  terms = math.gcd(_RANK_TERMS, keys.shape[-1])
+  others = keys.reshape(len(keys), -1, terms, 1)
+  is_before = (others > keys[:, None, None]) | (
+    (others == keys[:, None, None]) & (place.reshape(-1, terms, 1) < place)
   )
-  rank = is_before.sum(axis=-1, dtype=jnp.int32)
+  parts = is_before.sum(axis=2, dtype=jnp.int32)
+  rank = sum(parts[:, part] for part in range(parts.shape[1]))
   is_taken = rank[:, None, :] == jnp.arange(count)[:, None]
   # NaN among the keys leaves ranks out: not a sum, which could leave the range.
   return (

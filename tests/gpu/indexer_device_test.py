@@ -20,6 +20,7 @@ def setUpModule():
 class IndexerDeviceTest(indexer_test.IndexerTest):
   IMPLEMENTATION = "mosaic_gpu"
   DTYPE = jnp.bfloat16
+  UNCOPIED_DIM = 64
 
 
 class TransformedDeviceTest(indexer_test.TransformedTest):
