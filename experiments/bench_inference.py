@@ -149,10 +149,8 @@ def compile_all(series, params, contexts, log: "Log") -> None:
   """Compiles each series' programs, some at a time, into JAX's cache."""
   if _JOBS.value == 1:
     return
-  common.require_compilation_cache("`--compile_jobs` above 1")
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   begin = time.perf_counter()
-  programs = inference_programs.compile_all(
+  faults = common.compile_into_cache(
     (
       program
       for one in series
@@ -160,9 +158,11 @@ def compile_all(series, params, contexts, log: "Log") -> None:
     ),
     _JOBS.value,
   )
+  for fault in filter(None, faults):
+    raise fault
   log.add(
     metric="compile_all",
-    programs=programs,
+    programs=len(faults),
     jobs=_JOBS.value,
     seconds=time.perf_counter() - begin,
   )

@@ -13,6 +13,7 @@ same dtype, or a copy; and what the program holds beside arguments and results.
 
 import datetime
 import pathlib
+from collections.abc import Iterator
 
 import jax
 from absl import flags, logging
@@ -28,6 +29,9 @@ _OUTPUT_DIR = flags.DEFINE_string(
 )
 _REPEATS = flags.DEFINE_integer(
   "repeats", 7, "Isolated launches a median.", lower_bound=1
+)
+_JOBS = flags.DEFINE_integer(
+  "compile_jobs", 1, "Programs compiled at the same time.", lower_bound=1
 )
 _LAUNCHES = flags.DEFINE_integer(
   "launches", 40, "Back-to-back launches, of all batches.", lower_bound=1
@@ -51,6 +55,8 @@ def main(argv):
     "date": datetime.date.today().isoformat(),
   }
   path = pathlib.Path(_OUTPUT_DIR.value) / "kernels.jsonl"
+  if _JOBS.value > 1:
+    common.compile_into_cache(lower_all(chosen), _JOBS.value)
   ceilings = measure_ceilings({w.ceiling for w in chosen})
   records = [{**record, **source} for record in ceiling_records(ceilings)]
   for workload in chosen:
@@ -84,6 +90,22 @@ def choose(
       f" are {[w.name for w in every if not ops or w.op in ops]}."
     )
   return chosen
+
+
+def lower_all(
+  chosen: list[kernel_workloads.Workload],
+) -> Iterator[jax.stages.Lowered]:
+  """Both programs of each workload, for shapes alone; of those that lower."""
+  for workload in chosen:
+    try:
+      args = jax.eval_shape(workload.make, jax.random.key(0))
+      yield jax.jit(workload.function).lower(*args)
+      yield kernel_timing.after_flush(workload.function).lower(
+        kernel_timing.FLUSHED, *args
+      )
+    except Exception:
+      # It is that workload's result, which `bench` records.
+      continue
 
 
 def measure_ceilings(names: set[str]) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every script needs: argument checks, atomic files, provenance."""
 
+import concurrent.futures
 import json
 import math
 import os
@@ -73,6 +74,29 @@ def require_compilation_cache(subject: str) -> None:
       f"{subject} hands programs over through JAX's compilation cache: got"
       " none. Set JAX_COMPILATION_CACHE_DIR to a folder."
     )
+
+
+def compile_into_cache(
+  lowered: Iterable[jax.stages.Lowered], jobs: int
+) -> list[BaseException | None]:
+  """Compiles programs, some at a time, for who compiles them again.
+
+  Args:
+    lowered: programs; the first are compiled while the next are lowered.
+    jobs: at the same time; above 1 it needs JAX's compilation cache, whose
+      shortest compilation it sets to 0 seconds.
+
+  Returns:
+    What each raised, None for most.
+
+  Raises:
+    ValueError: no cache.
+  """
+  require_compilation_cache("`--compile_jobs` above 1")
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    compiling = [pool.submit(program.compile) for program in lowered]
+    return [program.exception() for program in compiling]
 
 
 def table_row(record: dict, columns: Sequence[str]) -> str:

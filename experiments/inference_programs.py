@@ -1,25 +1,12 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The two programs of a generation, lowered for shapes alone, and compiled."""
-
-import concurrent.futures
-from collections.abc import Iterable
+"""The two programs of a generation, lowered for shapes alone."""
 
 import jax
 import jax.numpy as jnp
 
 import indexcache_jax as ic
 from indexcache_jax import generation
-
-
-def compile_all(lowered: Iterable[jax.stages.Lowered], jobs: int) -> int:
-  """Compiles programs, some at a time, into JAX's cache; returns how many."""
-  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    # The first compile while Python still traces the next.
-    compiling = [pool.submit(program.compile) for program in lowered]
-    for program in compiling:
-      program.result()
-  return len(compiling)
 
 
 def lower_prefill(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 # More than Hopper's second-level cache (50 to 60 MB).
-_FLUSH_FLOATS = 64 << 20
+FLUSHED = jax.ShapeDtypeStruct((64 << 20,), jnp.float32)
 # Below this a host's launch is slower than the kernel.
 _LAUNCH_BOUND_MS = 0.3
 # Of back-to-back calls, behind a first one that does not count.
@@ -58,19 +58,10 @@ def isolated_ms(function: Callable, *args, repeats: int = 7) -> float:
   """
   from jax.experimental.mosaic.gpu import profiler
 
-  flushed = jnp.ones(_FLUSH_FLOATS, jnp.float32)
+  flushed = jnp.ones(FLUSHED.shape, FLUSHED.dtype)
   measure = profiler.Cupti(finalize=False).measure
-
-  @jax.jit
-  def flush(x):
-    return x * 1.5
-
-  def flush_and_run(x, *args):
-    x, args = jax.lax.optimization_barrier((flush(x), args))
-    return x, function(*args)
-
-  _, alone = measure(flush, aggregate=False)(flushed)
-  measured = measure(jax.jit(flush_and_run), aggregate=False)
+  _, alone = measure(_flush, aggregate=False)(flushed)
+  measured = measure(after_flush(function), aggregate=False)
   times = []
   for _ in range(repeats):
     _, kernels = measured(flushed, *args)
@@ -90,6 +81,28 @@ def kernel_times(function: Callable, *args) -> list[tuple[str, float]]:
   measure = profiler.Cupti(finalize=False).measure(function, aggregate=False)
   measure(*args)
   return measure(*args)[1]
+
+
+def after_flush(function: Callable) -> Callable:
+  """The program that `isolated_ms` times, jitted.
+
+  Args:
+    function: of any arrays.
+
+  Returns:
+    A function of `FLUSHED`'s array and those of `function`.
+  """
+
+  def flush_and_run(x, *args):
+    x, args = jax.lax.optimization_barrier((_flush(x), args))
+    return x, function(*args)
+
+  return jax.jit(flush_and_run)
+
+
+@jax.jit
+def _flush(x):
+  return x * 1.5
 
 
 def sustained_ms(run: Callable, *args, launches: int = 40) -> Sustained:

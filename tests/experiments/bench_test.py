@@ -47,6 +47,8 @@ print(", ".join(f"{record['kind']} {record['ms']}" for record in found))
 
 # Small calls of the workloads that have a million keys, with times made up.
 _WORKLOADS = """
+import dataclasses
+
 from absl import flags
 from experiments import bench_kernels, kernel_timing
 from experiments.kernel_workloads import distillation, sparse_mla, topk
@@ -62,12 +64,16 @@ distillation._NUM_KEYS = (4096,)
 distillation._DENSE = ((9, 64, 2),)
 flags.FLAGS(["bench_kernels"])
 rates = {"isolated": 1.0, "sustained": 2.0}
-for workload in (
+workloads = (
   *topk.top_k(),
   *sparse_mla.sparse_mla_backward(),
   *distillation.selected_scores(),
   *distillation.dense_attention(),
-):
+)
+refused = dataclasses.replace(workloads[0], function=lambda x: x @ None)
+lowered = list(bench_kernels.lower_all([refused, *workloads]))
+assert len(lowered) == 2 * len(workloads), lowered
+for workload in workloads:
   isolated, sustained = bench_kernels.bench(
     workload, {"bfloat16": rates, "copy": rates}
   )
