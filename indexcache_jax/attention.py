@@ -25,7 +25,7 @@ indexer_topk = jax.jit(
 )
 sparse_mla = jax.jit(
   pallas_kernels.sparse_mla,
-  static_argnames=("scale", "value_dim", "implementation"),
+  static_argnames=("scale", "value_dim", "shares_rows", "implementation"),
 )
 sparse_mla_packed = jax.jit(
   pallas_kernels.sparse_mla_packed,
@@ -230,12 +230,14 @@ class SparseMLA(nn.Module):
         context.key_end,
         **kwargs,
       )
-    is_packed = isinstance(kv_latent, cache_lib.PackedLatent)
-    return (sparse_mla_packed if is_packed else sparse_mla)(
+    kwargs["implementation"] = cfg.implementation
+    if isinstance(kv_latent, cache_lib.PackedLatent):
+      return sparse_mla_packed(query, kv_latent, index.topk_indices, **kwargs)
+    return sparse_mla(
       query,
       kv_latent,
       index.topk_indices,
-      implementation=cfg.implementation,
+      shares_rows=cfg.shares_rows,
       **kwargs,
     )
 

@@ -137,6 +137,10 @@ class SparseTransformerConfig:
       a key takes D + 4 bytes, and some keys at the selection's boundary change.
     implementation: of every kernel op, see `pallas_kernels`; None: the best
       that the platform has.
+    shares_rows: neighbouring queries of a prompt read the rows that they both
+      select once, where the platform has a kernel for it: faster if a trained
+      indexer selects much the same for them, slower if not. See
+      `pallas_kernels.sparse_mla`.
   """
 
   model_type: str = "glm_moe_dsa"
@@ -175,6 +179,7 @@ class SparseTransformerConfig:
   param_dtype: Any = jnp.float32
   index_key_dtype: Any = None
   implementation: str | None = None
+  shares_rows: bool = False
 
   def __post_init__(self):
     if self.model_type not in ("glm_moe_dsa", "deepseek_v32"):

@@ -33,6 +33,8 @@ _FLOAT8_LATENTS = (
   "decode b8 131072 64 heads",
   "decode b64 131072 64 heads",
 )
+# Of them, those whose queries share half their rows, too: alone, together.
+_SHARED_ROWS = ("4096x131072 20 heads", "4096x131072 32 heads")
 # Queries, keys, heads.
 _BACKWARD = (
   (2048, 8192, 64),
@@ -57,15 +59,29 @@ def _mla_inputs(key, batch, num_queries, num_keys, heads, is_float8=False):
   )
 
 
-def _attend(query, kv_latent, topk_indices, implementation=None):
+def _attend(query, kv_latent, topk_indices, **kwargs):
   return pk.sparse_mla(
     query,
     kv_latent,
     topk_indices,
     scale=base.SCALE,
     value_dim=512,
-    implementation=implementation,
+    **kwargs,
   )
+
+
+def _shared_inputs(key, num_queries, num_keys, heads):
+  """Of queries in groups, whose rows are together half of what each has."""
+  key, chosen = jax.random.split(key)
+  query, kv_latent, _ = _mla_inputs(key, 1, num_queries, num_keys, heads)
+  together = 64 // heads
+  groups = -(-num_queries // together)
+  of_a_group = 2048 * together // 2
+  rows = base.selection(key, 1, groups, num_keys, of_a_group)[0, :, None]
+  order = jax.random.uniform(chosen, (groups, together, of_a_group))
+  places = jnp.sort(jnp.argsort(order, axis=-1)[..., :2048], axis=-1)
+  indices = jnp.take_along_axis(rows, places, axis=-1).reshape(1, -1, 2048)
+  return query, kv_latent, indices[:, :num_queries]
 
 
 def sparse_mla() -> list[base.Workload]:
@@ -93,11 +109,18 @@ def sparse_mla() -> list[base.Workload]:
     )
     return base.relative_error(out[:, few], expected.reshape(out[:, few].shape))
 
+  workload = functools.partial(
+    base.Workload,
+    op="sparse_mla",
+    error=check,
+    tolerance=4e-3,
+    unit="TFLOP/s",
+    ceiling="bfloat16",
+  )
   names = [(name, False) for name in _SPARSE_MLA]
   names += [(name, True) for name in _FLOAT8_LATENTS]
-  return [
-    base.Workload(
-      op="sparse_mla",
+  plain = [
+    workload(
       name=f"{name} fp8" if is_float8 else name,
       make=functools.partial(
         _mla_inputs,
@@ -108,15 +131,29 @@ def sparse_mla() -> list[base.Workload]:
         is_float8=is_float8,
       ),
       function=_attend,
-      error=check,
-      tolerance=4e-3,
-      work=2 * batch * queries * heads * 2048 * (576 + 512),
-      unit="TFLOP/s",
-      ceiling="bfloat16",
+      work=_work(batch * queries, heads),
     )
     for name, is_float8 in names
     for batch, queries, num_keys, heads in (_SPARSE_MLA[name],)
   ]
+  shared = [
+    workload(
+      name=f"{name}, half shared, {'together' if shares_rows else 'alone'}",
+      make=functools.partial(
+        _shared_inputs, num_queries=queries, num_keys=num_keys, heads=heads
+      ),
+      function=functools.partial(_attend, shares_rows=shares_rows),
+      work=_work(queries, heads),
+    )
+    for name in _SHARED_ROWS
+    for _, queries, num_keys, heads in (_SPARSE_MLA[name],)
+    for shares_rows in (False, True)
+  ]
+  return plain + shared
+
+
+def _work(queries, heads):
+  return 2 * queries * heads * 2048 * (576 + 512)
 
 
 def sparse_mla_backward() -> list[base.Workload]:

@@ -99,13 +99,17 @@ def wait(words: jax.Ref, barrier: jax.Array, parity: jax.Array):
   wait_parity(words, jnp.int32(barrier), jnp.int32(parity))
 
 
-def load_indices(indices: jax.Ref, start: jax.Array, rows: int) -> jax.Array:
+def load_indices(
+  indices: jax.Ref, start: jax.Array, rows: int, mask: int | None = None
+) -> jax.Array:
   """Reads the indices of a block's rows, each where its copies will start.
 
   Args:
     indices: int32 in global memory, of any shape.
     start: of the block in `indices` as one row, an int32 scalar.
     rows: of the block, a multiple of 16.
+    mask: int32, the bits of a word that are its index, the sign among them;
+      None: all.
 
   Returns:
     What `start_row_copies` takes: `rows / 16` registers a thread.
@@ -124,10 +128,13 @@ def load_indices(indices: jax.Ref, start: jax.Array, rows: int) -> jax.Array:
     first = utils.getelementptr(_global_pointer(indices), [row], _i32())
     registers = np.empty((passes,), dtype=object)
     for i in range(passes):
-      registers[i] = llvm.load(
+      word = llvm.load(
         ir.VectorType.get((1,), _i32()),
         utils.getelementptr(first, [i * _PASS_ROWS], _i32()),
       )
+      if mask is not None:
+        word = arith.andi(word, vector.broadcast(word.type, _constant(mask)))
+      registers[i] = word
     return mgpu.FragmentedArray(
       _registers=registers, _layout=layout.to_mgpu(), _is_signed=True
     )

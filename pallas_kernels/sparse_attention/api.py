@@ -27,13 +27,15 @@ def _mosaic_tpu(query, kv_latent, topk_indices, **kwargs):
   return mosaic_tpu.sparse_mla(query, kv_latent, topk_indices, **kwargs)
 
 
-def _implementations(with_mean_probs):
+def _implementations(with_mean_probs, shares_rows):
   """By name; where nobody reads the mean probabilities XLA drops the others'.
 
   What one kernel computes with its output it can't drop.
   """
   return {
-    "mosaic_gpu": mosaic_gpu.sparse_mla,
+    "mosaic_gpu": functools.partial(
+      mosaic_gpu.sparse_mla, shares_rows=shares_rows
+    ),
     "mosaic_tpu": functools.partial(
       _mosaic_tpu, with_mean_probs=with_mean_probs
     ),
@@ -53,6 +55,7 @@ def sparse_mla(
   scale: float,
   value_dim: int,
   return_residuals: bool = False,
+  shares_rows: bool = False,
   implementation: str | None = None,
 ) -> (
   Float[Array, "B T N {value_dim}"]
@@ -76,6 +79,11 @@ def sparse_mla(
     scale: factor on the logits.
     value_dim: leading columns of a row that are its value (kv_lora_rank).
     return_residuals: also return `SparseMLAResiduals`.
+    shares_rows: `topk_indices` ascend, -1 behind them, as `indexer_topk` has
+      them, and queries that follow each other select much the same: then each
+      row is read once for up to 4 of them. Where it is not so, slower, and of
+      indices in another order wrong. Many queries of at most 32 heads in
+      mosaic_gpu; elsewhere it changes nothing.
     implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
       platform.
 
@@ -95,7 +103,7 @@ def sparse_mla(
     kv_latent = quantization.undifferentiated(kv_latent)
   out, residuals = dispatch.run(
     "sparse_mla",
-    _implementations(return_residuals),
+    _implementations(return_residuals, shares_rows),
     _ORDER,
     implementation,
     query,

@@ -11,6 +11,7 @@ most 32 heads of many queries, `mosaic_gpu_forward_combine` joins splits,
 gradient.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -30,6 +31,9 @@ from pallas_kernels.sparse_attention import (
 )
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_items as items
 from pallas_kernels.sparse_attention import mosaic_gpu_forward_probs as probs
+from pallas_kernels.sparse_attention import (
+  mosaic_gpu_shared_rows as shared_rows,
+)
 from pallas_kernels.sparse_attention import quantization, reference
 from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 from pallas_kernels.sparse_attention.reference import SparseMLAResiduals
@@ -41,6 +45,9 @@ _MAX_HEADS = 2 * items.ROWS
 _VALUE_MULTIPLE = 2 * items.TILE
 # Each warpgroup's share is of whole tiles of 128 float8 columns.
 _QUANTIZED_MULTIPLE = 2 * quantization.BLOCK
+# Queries that share rows, and shared memory to merge theirs: two blocks of it
+# fit a multiprocessor.
+_MOST_TOGETHER, _SHARED_ROWS_BYTES = 4, 112 << 10
 # In steps' worth of time: what a block spends on an item beside its steps, what
 # a sum over splits takes, and what each part adds to it. Ranks as measured, 8
 # queries of 64 heads: 19.7 us in 8 parts, 21.4 in 16, 23 in 4.
@@ -54,6 +61,7 @@ def sparse_mla(
   *,
   scale: float,
   value_dim: int,
+  shares_rows: bool = False,
 ) -> tuple[Float[Array, "B T N {value_dim}"], SparseMLAResiduals]:
   """Attends in bfloat16, without a copy of the cache at 576 columns.
 
@@ -82,6 +90,7 @@ def sparse_mla(
     ),
     scale,
     padded_values,
+    shares_rows,
   )
   return out[..., :value_dim], residuals._replace(
     mean_probs=residuals.mean_probs[:, :, :count]
@@ -147,8 +156,8 @@ def _round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(query, kv_latent, indices, scale, value_dim):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(query, kv_latent, indices, scale, value_dim, shares_rows):
   """`sparse_mla` of padded columns and rows."""
   batch, num_queries, heads, width = query.shape
   _, num_keys, _ = kv_latent.shape
@@ -171,7 +180,11 @@ def _attend(query, kv_latent, indices, scale, value_dim):
     jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), kv_latent),
     indices.reshape(-1, problem.count),
   )
-  out, log_sum_exp = _run(problem, heads, *flat)
+  share = queries_together(problem, heads) if shares_rows else 1
+  if share > 1 and not isinstance(kv_latent, QuantizedLatents):
+    out, log_sum_exp = _run_shared(problem, share, *flat)
+  else:
+    out, log_sum_exp = _run(problem, heads, *flat)
   sums = probs.call(problem, *flat, log_sum_exp)
   leading = (batch, num_queries)
   residuals = SparseMLAResiduals(
@@ -205,6 +218,63 @@ def _run(problem, num_heads, query, table, indices):
   return out[:, :num_heads], log_sum_exp
 
 
+def queries_together(problem: items.Problem, num_heads: int) -> int:
+  """Of how many queries that share rows the heads are one tile; 1: none share.
+
+  Args:
+    problem: of queries that do not.
+    num_heads: of a query.
+  """
+  together = min(items.ROWS // num_heads, _MOST_TOGETHER)
+  while together > 1:
+    plan = shared_rows.Plan(together, problem.count)
+    fits = (
+      problem.num_keys <= shared_rows.most_rows(together)
+      and 4 * plan.shared_words <= _SHARED_ROWS_BYTES
+    )
+    # Fewer queries than that are split over their rows.
+    if fits and problem.flat_queries >= (
+      together * problem.num_multiprocessors
+    ):
+      return together
+    together -= 1
+  return 1
+
+
+def _run_shared(problem, share, query, table, indices):
+  """As `_run`, `share` queries that follow each other as one."""
+  num_heads, width = query.shape[1:]
+
+  def by_batch(x, fill):
+    x = x.reshape(problem.batch, problem.num_queries, *x.shape[1:])
+    missing = -problem.num_queries % share
+    widths = ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, widths, constant_values=fill)
+
+  def by_query(x):
+    x = x.reshape(problem.batch, -1, num_heads, *x.shape[2:])
+    return x[:, : problem.num_queries].reshape(-1, *x.shape[2:])
+
+  query, indices = by_batch(query, 0), by_batch(indices, -1)
+  groups = query.shape[1] // share
+  entries, counts = shared_rows.call(indices.reshape(-1, problem.count), share)
+  grouped = dataclasses.replace(
+    problem,
+    num_queries=groups,
+    heads=share * num_heads,
+    count=entries.shape[1],
+    share=share,
+  )
+  out, log_sum_exp = forward.call(
+    grouped,
+    query.reshape(-1, grouped.heads, width),
+    table,
+    entries,
+    counts,
+  )
+  return by_query(out), by_query(log_sum_exp[:, : grouped.heads])
+
+
 def choose_splits(units: int, steps: int, multiprocessors: int) -> int:
   """The number of parts of each query's rows that takes the least time.
 
@@ -227,15 +297,16 @@ def choose_splits(units: int, steps: int, multiprocessors: int) -> int:
   return -(-steps // -(-steps // best))
 
 
-def _forward(query, kv_latent, indices, scale, value_dim):
+def _forward(query, kv_latent, indices, scale, value_dim, shares_rows):
   arguments = jax.tree.map(
     lambda primal: primal.value, (query, kv_latent, indices)
   )
-  out, residuals = _attend(*arguments, scale, value_dim)
+  out, residuals = _attend(*arguments, scale, value_dim, shares_rows)
   return (out, residuals), (*arguments, out, residuals.log_sum_exp)
 
 
-def _backward(scale, value_dim, saved, grads):
+def _backward(scale, value_dim, shares_rows, saved, grads):
+  del shares_rows  # Of the forward pass alone.
   query, kv_latent, indices, out, log_sum_exp = saved
   if isinstance(kv_latent, QuantizedLatents):
     attend = functools.partial(

@@ -43,6 +43,7 @@ def call(
   query: BFloat16[Array, "F N C"],
   table: BFloat16[Array, "BS C"] | QuantizedLatents,
   indices: Int32[Array, "F K"],
+  counts: Int32[Array, " F"] | None = None,
 ) -> tuple[Float[Array, "..."], Float32[Array, "items 64"]]:
   """Runs the kernel.
 
@@ -51,6 +52,7 @@ def call(
     query: all batches' queries.
     table: all batches' rows.
     indices: of rows of a query's own batch, -1 for none.
+    counts: with `problem.share` above 1: entries of each, which `indices` are.
 
   Returns:
     Outputs and logarithms of the sums of exponentials. Without splits, the
@@ -77,7 +79,7 @@ def call(
     num_threads=3,
     thread_name="warpgroup",
     compiler_params=items.compiler_params(),
-  )(query, table, indices)
+  )(query, table, items.Selection(indices, counts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _Refs:
   Attributes:
     query: `[F, N, C]`.
     table: `[B S, C]`, or its three arrays.
-    indices: `[F, K]`.
+    selection: of rows.
     out: as `call` returns it.
     log_sum_exp: `[items, 64]`.
     heads: the query's, 64 rows; staging of the output.
@@ -99,7 +101,7 @@ class _Refs:
 
   query: jax.Ref
   table: jax.Ref | QuantizedLatents
-  indices: jax.Ref
+  selection: items.Selection
   out: jax.Ref
   log_sum_exp: jax.Ref
   heads: items.HeadTiles
@@ -147,7 +149,7 @@ def _body(problem, *arrays):
     items.for_each_item(problem, multiplier.attend)
     plgpu.wait_smem_to_gmem(0)
 
-  items.run_block(problem, refs.table, refs.indices, refs.rows, multiply)
+  items.run_block(problem, refs.table, refs.selection, refs.rows, multiply)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,7 @@ class _Multiplier:
 
   def attend(self, item, step):
     """Attends one item; returns the steps so far."""
-    place = items.place(self.problem, item)
+    place = items.place(self.problem, item, self.refs.selection)
     plgpu.barrier_wait(self.refs.query_full)
     last_tile = plgpu.load(
       self.refs.heads.tiles.at[self.problem.column_tiles - 1],
@@ -296,8 +298,25 @@ class _Multiplier:
     # The other warpgroup's part: it frees it once more, after its values.
     refs.rows.release(half=half, part=self.other)
     logits = logits * (self.problem.scale * math.log2(math.e))
-    is_row = lax.broadcast_in_dim(index >= 0, logits.shape, [1])
-    return jnp.where(is_row, logits, -jnp.inf)
+    return jnp.where(self._is_selected(index), logits, -jnp.inf)
+
+  def _is_selected(self, index):
+    """`[heads, keys]`: whether the head's query has the row of the key."""
+    shape = (ROWS, ROWS)
+    share = self.problem.share
+    if share == 1:
+      return lax.broadcast_in_dim(index >= 0, shape, [1])
+    query = lax.div(
+      plgpu.layout_cast(lax.iota(jnp.int32, ROWS), _BY_HEAD),
+      jnp.int32(self.problem.heads // share),
+    )
+    # Behind the last query's heads the bit is the sign, which an entry lacks.
+    bit = lax.shift_left(jnp.int32(1), jnp.minimum(query, share) + (31 - share))
+    entry = jnp.maximum(index, 0)
+    return (
+      lax.broadcast_in_dim(entry, shape, [1])
+      & lax.broadcast_in_dim(bit, shape, [0])
+    ) != 0
 
   def _values(self, half):
     """This warpgroup's value columns of a half of the rows."""

@@ -135,7 +135,8 @@ def _body(problem, *arrays):
     items.for_each_item(problem, multiplier.attend)
     plgpu.wait_smem_to_gmem(0)
 
-  items.run_block(problem, refs.table, refs.indices, refs.rows, multiply)
+  selection = items.Selection(refs.indices)
+  items.run_block(problem, refs.table, selection, refs.rows, multiply)
 
 
 @dataclasses.dataclass(frozen=True)

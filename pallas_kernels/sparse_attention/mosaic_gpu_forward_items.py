@@ -20,6 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import copies, float8_rows
+from pallas_kernels.sparse_attention import (
+  mosaic_gpu_shared_rows as shared_rows,
+)
 from pallas_kernels.sparse_attention.quantization import QuantizedLatents
 
 # Rows of wgmma: heads of a tile, and keys of half a step.
@@ -50,6 +53,9 @@ class Problem:
     scale: factor on the logits.
     num_multiprocessors: blocks of the grid at most.
     splits: parts of a query's rows that different blocks take.
+    share: where above 1, "a query" here is so many that follow each other:
+      their heads are one tile, of any number of heads, their rows those of
+      `mosaic_gpu_shared_rows`.
   """
 
   batch: int
@@ -63,10 +69,18 @@ class Problem:
   scale: float
   num_multiprocessors: int
   splits: int = 1
+  share: int = 1
 
   def with_splits(self, splits: int) -> "Problem":
     """The same problem, a query's rows in that many parts."""
     return dataclasses.replace(self, splits=splits)
+
+  @property
+  def index_mask(self) -> int | None:
+    """Bits of a word of indices that are the index and its sign."""
+    if self.share == 1:
+      return None
+    return -(1 << 31) | shared_rows.most_rows(self.share) - 1
 
   @property
   def flat_queries(self) -> int:
@@ -235,10 +249,22 @@ def compiler_params() -> plgpu.CompilerParams:
   )
 
 
+class Selection(NamedTuple):
+  """Which rows the queries attend to.
+
+  Attributes:
+    indices: `[F, K]`; with shared rows, entries of `mosaic_gpu_shared_rows`.
+    counts: with them, how many, `[F]`; else None: K.
+  """
+
+  indices: jax.Ref
+  counts: jax.Ref | None = None
+
+
 def run_block(
   problem: Problem,
   table: jax.Ref | QuantizedLatents,
-  indices: jax.Ref,
+  selection: Selection,
   rows: Rows,
   multiply: Callable[[int], None],
 ):
@@ -251,7 +277,7 @@ def run_block(
   def _():
     plgpu.set_max_registers(gatherer_registers, action="decrease")
     for_each_item(
-      problem, functools.partial(_gather, problem, table, indices, rows)
+      problem, functools.partial(_gather, problem, table, selection, rows)
     )
 
   for half in range(2):
@@ -304,37 +330,53 @@ class Place(NamedTuple):
   steps: jax.Array
 
 
-def place(problem: Problem, item: jax.Array) -> Place:
-  """Tiles of a query are neighbours: they share its rows in the cache."""
+def place(
+  problem: Problem, item: jax.Array, selection: Selection | None = None
+) -> Place:
+  """Tiles of a query are neighbours: they share its rows in the cache.
+
+  Args:
+    problem: the sizes.
+    item: its number.
+    selection: its rows; None where `steps` is not used.
+  """
   split = lax.rem(item, jnp.int32(problem.splits))
   tile = lax.div(item, jnp.int32(problem.splits))
   query = lax.div(tile, jnp.int32(problem.head_tiles))
   first_step = split * problem.steps_a_split
+  last_step = problem.steps
+  if selection is not None and selection.counts is not None:
+    last_step = lax.div(
+      selection.counts[query] + jnp.int32(STEP_KEYS - 1), jnp.int32(STEP_KEYS)
+    )
   return Place(
     first_row=lax.div(query, jnp.int32(problem.num_queries)) * problem.num_keys,
     query=query,
     head_tile=lax.rem(tile, jnp.int32(problem.head_tiles)),
     first_step=first_step,
-    steps=jnp.minimum(problem.steps_a_split, problem.steps - first_step),
+    steps=jnp.minimum(problem.steps_a_split, last_step - first_step),
   )
 
 
 def _gather(
   problem: Problem,
   table: jax.Ref | QuantizedLatents,
-  indices: jax.Ref,
+  selection: Selection,
   rows: Rows,
   item: jax.Array,
   step: jax.Array,
 ) -> jax.Array:
   """Fills `rows` for each step of an item; returns the steps so far."""
-  where = place(problem, item)
+  indices = selection.indices
+  where = place(problem, item, selection)
   fill = _fill_float8 if isinstance(table, QuantizedLatents) else _fill
 
   def run(i, step):
     start = where.query * problem.count + (where.first_step + i) * STEP_KEYS
     registers = [
-      copies.load_indices(indices, start + half * ROWS, ROWS)
+      copies.load_indices(
+        indices, start + half * ROWS, ROWS, problem.index_mask
+      )
       for half in range(2)
     ]
 

@@ -122,7 +122,8 @@ def _body(problem, *arrays):
       problem, functools.partial(_sum_item, problem, refs, half)
     )
 
-  items.run_block(problem, refs.table, refs.indices, refs.rows, multiply)
+  selection = items.Selection(refs.indices)
+  items.run_block(problem, refs.table, selection, refs.rows, multiply)
 
 
 def _load_query(problem, refs, item):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small calls of every kernel, for tools that run each many times or slowly."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -79,7 +80,7 @@ def _indexer_scores():
   return pk.indexer_scores, args
 
 
-def _attend(query, kv_latent, indices):
+def _attend(query, kv_latent, indices, shares_rows=False):
   return pk.sparse_mla(
     query,
     kv_latent,
@@ -87,6 +88,7 @@ def _attend(query, kv_latent, indices):
     scale=0.05,
     value_dim=512,
     return_residuals=True,
+    shares_rows=shares_rows,
   )
 
 
@@ -96,6 +98,21 @@ def _sparse_mla(batch, queries, heads, width=576):
     _normal(0, batch, queries, heads, width),
     _normal(1, batch, 4096, width),
     indices.reshape(batch, queries, -1),
+  )
+
+
+def _sparse_mla_shared_rows():
+  """Of 3 queries; each selects a part of the same 600 rows or so."""
+  _, (query, kv_latent, _) = _sparse_mla(1, 400, 20)
+  rng = np.random.default_rng(0)
+  rows = np.sort(rng.permutation(4096)[:600])
+  chosen = np.sort(rng.random((1, 400, 600)).argsort(axis=-1)[..., :512])
+  indices = rows[chosen].astype(np.int32)
+  indices[..., -64:] = -1
+  return functools.partial(_attend, shares_rows=True), (
+    query,
+    kv_latent,
+    jnp.asarray(indices),
   )
 
 
@@ -205,6 +222,7 @@ CALLS = {
   "sparse_mla prefill": lambda: _sparse_mla(1, 264, 64),
   "sparse_mla 128 heads": lambda: _sparse_mla(1, 132, 128),
   "sparse_mla 20 heads": lambda: _sparse_mla(1, 264, 20),
+  "sparse_mla shared rows": _sparse_mla_shared_rows,
   "sparse_mla 512 columns": lambda: _sparse_mla(1, 132, 64, width=512),
   "sparse_mla decode": lambda: _sparse_mla(8, 1, 64),
   "sparse_mla float8": lambda: _sparse_mla_float8(1, 264, 64),

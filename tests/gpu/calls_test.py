@@ -21,6 +21,7 @@ _PROMISED = {
   "top_k few rows": {"top_k": 2},
   "indexer_topk decode fp8": {"indexer_scores_few_queries": 1, "top_k": 2},
   "sparse_mla 20 heads": {"sparse_mla_few_heads": 1},
+  "sparse_mla shared rows": {"sparse_mla": 1, "sparse_mla_shared_rows": 1},
   "sparse_mla float8 20 heads": {"sparse_mla_few_heads": 1},
   "sparse_mla 128 heads": {"sparse_mla": 1, "sparse_mla_mean_probs": 1},
   "sparse_mla backward": {"sparse_mla_backward": 1, "row_sums": 1},

@@ -28,6 +28,7 @@ _SUBSET = (
   "glm_5_decode_of_8_128k",
   "float8_prefill_128k",
   "float8_decode_of_64_128k",
+  "shared_rows_20_heads",
   "tiny",
 )
 
@@ -53,6 +54,9 @@ def cases() -> list[Case]:
   found.extend(_case(name, shape) for name, shape in edges.items())
   for name, shape in _QUANTIZED.items():
     found.append(_case(f"float8_{name}", shape, is_quantized=True))
+  for heads in (20, 32, 8):
+    shape = shapes.Shape(1, 4096, 131072, heads, 576, 512, 2048)
+    found.append(_case(f"shared_rows_{heads}_heads", shape, shares_rows=True))
   found.append(
     _case(
       "float8_teacher_32k",
@@ -79,7 +83,7 @@ def _latents(shape, is_quantized):
   )
 
 
-def _case(name, shape, return_residuals=False, is_quantized=False):
+def _case(name, shape, is_quantized=False, **kwargs):
   leading = (shape.batch, shape.num_queries)
   return Case(
     op="sparse_mla",
@@ -88,8 +92,8 @@ def _case(name, shape, return_residuals=False, is_quantized=False):
       pallas_kernels.sparse_mla,
       scale=0.05,
       value_dim=shape.value_dim,
-      return_residuals=return_residuals,
       implementation="mosaic_gpu",
+      **kwargs,
     ),
     arguments=[
       jax.ShapeDtypeStruct(

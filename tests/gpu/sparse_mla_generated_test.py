@@ -56,12 +56,44 @@ class SparseMLAGeneratedTest(parameterized.TestCase):
         actual = self.attend(shape, query, generated.poisoned(latent), indices)
         self.check(shape, actual, (query, latent, indices))
 
+  @parameterized.parameters(
+    # Together 3, 2, 4; two sequences whose queries these do not divide.
+    shapes.Shape(1, 400, 700, 20, 576, 512, 300),
+    shapes.Shape(1, 270, 500, 32, 576, 512, 200),
+    shapes.Shape(2, 275, 400, 8, 192, 128, 129),
+    shapes.Shape(2, 205, 3000, 20, 576, 512, 2048),
+  )
+  def test_neighbours_share_rows(self, *shape):
+    shape = shapes.Shape(*shape)
+    rng = np.random.default_rng(sum(shape))
+    for sharpness in _SHARPNESS:
+      query = sharpness * self.query(rng, shape)
+      latent = generated.normal(
+        rng, shape.batch, shape.num_keys, shape.latent_dim
+      )
+      indices = np.asarray(
+        generated.selections(
+          rng, shape.batch, shape.num_queries, shape.num_keys, shape.k
+        )
+      )
+      indices = np.where(indices < 0, shape.num_keys, indices)
+      # As `indexer_topk` has them; some select what the query before does.
+      indices = np.sort(indices, axis=-1)
+      indices[:, 1::4] = indices[:, ::4][:, : indices[:, 1::4].shape[1]]
+      indices = np.where(indices == shape.num_keys, -1, indices)
+      args = (query, generated.poisoned(latent), jnp.asarray(indices))
+      with self.subTest(sharpness=sharpness):
+        actual = self.attend(shape, *args, shares_rows=True)
+        self.check(shape, actual, (query, latent, indices))
+        again = self.attend(shape, *args, shares_rows=True)
+        jax.tree.map(np.testing.assert_array_equal, again, actual)
+
   def query(self, rng, shape):
     return generated.normal(
       rng, shape.batch, shape.num_queries, shape.heads, shape.latent_dim
     )
 
-  def attend(self, shape, *args):
+  def attend(self, shape, *args, **kwargs):
     """Output, log-sum-exp and mean probabilities."""
     run = generated.jitted(
       "sparse_mla",
@@ -69,6 +101,7 @@ class SparseMLAGeneratedTest(parameterized.TestCase):
       scale=_SCALE,
       value_dim=shape.value_dim,
       return_residuals=True,
+      **kwargs,
     )
     out, residuals = run(*args)
     return out, *residuals

@@ -83,8 +83,8 @@ class _Substitutes:
   def arrive_when_copied(self, words, barrier):
     self.arrive(words, barrier)
 
-  def load_indices(self, indices, start, rows):
-    return indices, start, rows
+  def load_indices(self, indices, start, rows, mask=None):
+    return indices, start, rows, mask
 
   def start_row_copies(
     self,
@@ -213,7 +213,10 @@ def _row(array, start, count):
 
 def _copy_rows(table, first_row, num_rows, indices, destination, to_tile):
   """Gathers rows; float8 numbers become the bits of half as many bfloat16."""
-  places = _row(*indices)
+  *words, mask = indices
+  places = _row(*words)
+  if mask is not None:
+    places &= mask
   # All rows at once: an access costs the interpreter more than its bytes do.
   rows = jnp.take(
     table[...], jnp.clip(places, 0, num_rows - 1) + first_row, axis=0

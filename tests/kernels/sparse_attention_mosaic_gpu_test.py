@@ -7,6 +7,7 @@ kernels themselves interpreted, with portable copies. What they do on a GPU is
 for `tests/gpu/sparse_mla_device_test`.
 """
 
+import dataclasses
 import faulthandler
 from unittest import mock
 
@@ -40,6 +41,7 @@ from tests.kernels import (
   errors,
   loops,
   portable_copies,
+  shared_rows_test,
   sparse_attention_test,
 )
 
@@ -51,8 +53,10 @@ _TIMEOUT_S = 240
 _FLOAT8 = {"width": 320, "value_dim": 256}
 
 
-def attend_items(problem, query, table, indices):
+def attend_items(problem, query, table, indices, counts=None):
   """What `mosaic_gpu_forward.call` returns, an item at a time."""
+  if problem.share > 1:
+    return attend_groups(problem, query, table, indices, counts)
   outs, log_sum_exps = [], []
   for split in range(problem.splits):
     first = split * problem.steps_a_split * items.STEP_KEYS
@@ -69,6 +73,46 @@ def attend_items(problem, query, table, indices):
     return outs[0].reshape(shape).astype(jnp.bfloat16), log_sum_exp
   out = _by_tile(problem, jnp.stack(outs, axis=3))
   return out.reshape(problem.items, items.ROWS, -1), log_sum_exp
+
+
+def attend_groups(problem, query, table, entries, counts):
+  """The same of groups of queries that share rows."""
+  share, heads = problem.share, problem.heads // problem.share
+  assert np.all(np.sum(entries >= 0, axis=1) == counts)
+  index = jnp.where(entries >= 0, entries & problem.index_mask, -1)
+  outs, log_sum_exps = [], []
+  for number in range(share):
+    has = (entries >= 0) & (entries >> (31 - share + number) & 1 == 1)
+    out, residuals = _reference(
+      problem,
+      query[:, number * heads : (number + 1) * heads],
+      table,
+      jnp.where(has, index, -1),
+    )
+    outs.append(out)
+    log_sum_exps.append(residuals.log_sum_exp)
+  log_sum_exp = _by_tile(
+    problem, jnp.concatenate(log_sum_exps, axis=-1)[..., None]
+  )
+  shape = (*query.shape[:2], problem.value_dim)
+  return (
+    jnp.concatenate(outs, axis=2).reshape(shape).astype(jnp.bfloat16),
+    log_sum_exp.reshape(problem.items, items.ROWS),
+  )
+
+
+def merge_rows(indices, share):
+  """What `mosaic_gpu_shared_rows.call` returns."""
+  groups = len(indices) // share
+  shape = (groups, share * indices.shape[1])
+  return jax.pure_callback(
+    lambda indices: shared_rows_test.looped(np.asarray(indices), share),
+    (
+      jax.ShapeDtypeStruct(shape, jnp.int32),
+      jax.ShapeDtypeStruct((groups,), jnp.int32),
+    ),
+    indices,
+  )
 
 
 def join_items(problem, num_heads, outs, log_sum_exps):
@@ -162,6 +206,7 @@ def setup(test, device=_CHIP):
     (mosaic_gpu.forward, "call", attend_items),
     (mosaic_gpu.few_heads, "call", attend_items),
     (mosaic_gpu.combine, "call", join_items),
+    (mosaic_gpu.shared_rows, "call", merge_rows),
     (mosaic_gpu.probs, "call", sum_probs),
     (mosaic_gpu.backward, "sparse_mla_backward", differentiate),
   ):
@@ -206,6 +251,81 @@ class EntryTest(parameterized.TestCase):
       tolerances.tolerance("bfloat16"),
       shape.latent_dim,
     )
+
+  @parameterized.parameters(
+    # Of 20 heads 3 queries are together, of 32 2, of 33 none; lengths that they
+    # do not divide, in both of two sequences.
+    shapes.Shape(2, 61, 90, 20, 64, 64, 24),
+    shapes.Shape(1, 100, 40, 32, 96, 40, 130),
+    shapes.Shape(1, 90, 40, 33, 64, 64, 16),
+  )
+  def test_neighbours_share_rows(self, *shape):
+    setup(self)
+    shape = shapes.Shape(*shape)
+    query, latent, indices = sparse_attention_test.inputs(shape, "bfloat16")
+    rng = np.random.default_rng(0)
+    indices = shared_rows_test.draw(
+      rng, *indices.shape[:2], shape.k, shape.num_keys, (24, 9, 0, 130, 1)
+    ).reshape(indices.shape)
+    args = (query, latent, jnp.asarray(indices))
+
+    def attend(*args, shares_rows=True):
+      out, residuals = mosaic_gpu.sparse_mla(
+        *args, scale=0.3, value_dim=shape.value_dim, shares_rows=shares_rows
+      )
+      return out, residuals.log_sum_exp
+
+    with mock.patch.object(
+      mosaic_gpu.forward, "call", side_effect=attend_items
+    ) as called:
+      out, log_sum_exp = attend(*args)
+    (problem, *_), _ = called.call_args
+    self.assertEqual(problem.share, {20: 3, 32: 2, 33: 1}[shape.heads])
+    expected = loops.sparse_mla(*args, 0.3, shape.value_dim)
+    np.testing.assert_allclose(
+      np.asarray(out, np.float32),
+      expected[0],
+      **tolerances.tolerance("bfloat16", 4),
+    )
+    np.testing.assert_allclose(
+      log_sum_exp,
+      expected[1],
+      **tolerances.tolerance("float32", shape.latent_dim),
+    )
+    grads = [
+      jax.grad(
+        lambda query, shares_rows=shares_rows: (
+          attend(query, *args[1:], shares_rows=shares_rows)[0]
+          .astype(jnp.float32)
+          .sum()
+        )
+      )(query)
+      for shares_rows in (True, False)
+    ]
+    np.testing.assert_allclose(
+      *(np.asarray(grad, np.float32) for grad in grads),
+      **tolerances.tolerance("bfloat16", 4),
+    )
+
+  @parameterized.parameters(
+    # Queries, heads, rows, keys; how many are together.
+    (4096, 20, 2048, 1 << 17, 3),
+    (4096, 32, 2048, 1 << 17, 2),
+    (4096, 8, 2048, 1 << 17, 4),
+    (4096, 64, 2048, 1 << 17, 1),
+    # Queries for less than a wave, rows for less than shared memory.
+    (264, 20, 2048, 1 << 17, 2),
+    (263, 20, 2048, 1 << 17, 1),
+    (4096, 8, 4096, 1 << 17, 3),
+    # Rows that have no room beside the queries' bits.
+    (4096, 20, 2048, 1 << 28, 3),
+    (4096, 20, 2048, (1 << 28) + 1, 2),
+  )
+  def test_how_many_share(self, queries, heads, count, keys, together):
+    problem = items.Problem(
+      1, queries, keys, heads, 1, 576, 512, count, 1.0, 132
+    )
+    self.assertEqual(mosaic_gpu.queries_together(problem, heads), together)
 
   @parameterized.parameters(
     (1, 16, 16), (8, 16, 8), (64, 16, 2), (4096, 16, 1), (1, 1, 1), (3, 5, 5)
@@ -360,6 +480,42 @@ class InterpretedTest(parameterized.TestCase):
     log_sum_exp = log_sum_exp[:, : out.shape[1]]
     np.testing.assert_allclose(
       log_sum_exp, expected[1], **tolerances.tolerance("float32", problem.width)
+    )
+
+  def test_shares_rows(self):
+    share, heads, queries = 3, 5, 6
+    problem = self.problem(
+      batch=1,
+      num_queries=queries // share,
+      heads=share * heads,
+      count=share * 128,
+      share=share,
+    )
+    rng = np.random.default_rng(0)
+    indices = shared_rows_test.draw(
+      rng, queries // share, share, 128, problem.num_keys, (128, 100, 3)
+    )
+    # A group without rows.
+    indices[share:] = -1
+    entries, counts = shared_rows_test.looped(indices, share)
+    whole = dataclasses.replace(problem, num_queries=queries, heads=heads)
+    query, table, _ = self.inputs(whole)
+    table = jnp.where(jnp.isnan(table), 0, table)
+    args = (query.reshape(queries // share, share * heads, -1), table)
+    with portable_copies.interpreted(detect_races=True):
+      out, log_sum_exp = jax.jit(lambda *args: forward.call(problem, *args))(
+        *args, jnp.asarray(entries), jnp.asarray(counts)
+      )
+    expected = self.expected(whole, query, table, jnp.asarray(indices))
+    np.testing.assert_allclose(
+      np.asarray(out, np.float32).reshape(expected[0].shape),
+      expected[0],
+      **tolerances.tolerance("bfloat16", 4),
+    )
+    np.testing.assert_allclose(
+      log_sum_exp[:, : share * heads].reshape(expected[1].shape),
+      expected[1],
+      **tolerances.tolerance("float32", problem.width),
     )
 
   def test_splits(self):
