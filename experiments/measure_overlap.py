@@ -13,6 +13,9 @@ overlap by 0.47 (0.31 to 0.62), where random selections would by 0.11. Unlike
 in the paper, agreement does not fall with distance: layers 0 and 11 share
 0.64, while layers 3, 4 and 5 share at most 0.42 with any other layer. Of its
 own layer's attention mass an indexer finds 0.77, the adjacent one's 0.57.
+
+Also, for who serves a model: how far neighbouring queries select the same keys,
+which says whether `shares_rows` of `pallas_kernels.sparse_mla` is worth it.
 """
 
 import json
@@ -46,6 +49,8 @@ flags.register_validator(
 )
 
 
+# Queries that may share rows.
+_TOGETHER = (2, 3, 4)
 _LABELS = {
   "overlap": "Overlap of the layers' top-k sets",
   "recall": "Attention mass on another layer's top-k set",
@@ -72,8 +77,16 @@ def main(argv):
   summaries = {
     name: summarize(_mean_matrix(matrix)) for name, matrix in matrices.items()
   }
+  shared_rows = analysis.model_shared_rows(
+    model.config, model.params, batches, _TOGETHER
+  )
   setting = f"{model.name}, {batches.size:,} tokens, context {context:,}"
   print(f"{setting}\n{table(summaries)}")
+  for together, shares in zip(_TOGETHER, shared_rows, strict=True):
+    print(
+      f"{together} neighbouring queries: distinct keys {shares.mean():.3f} of"
+      f" those selected ({shares.min():.3f} to {shares.max():.3f})"
+    )
   for place, position in enumerate(positions or ()):
     for name, matrix in matrices.items():
       adjacent = summarize(matrix[place])["mean_by_lag"][0]
@@ -89,6 +102,10 @@ def main(argv):
     "command": provenance.command(),
     "environment": common.environment(),
     "summaries": summaries,
+    "shared_rows": {
+      str(together): shares.tolist()
+      for together, shares in zip(_TOGETHER, shared_rows, strict=True)
+    },
     **{name: matrix.tolist() for name, matrix in matrices.items()},
   }
   common.write_text(

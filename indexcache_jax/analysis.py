@@ -51,6 +51,40 @@ def topk_overlap(
   return jnp.stack(rows, axis=-2)
 
 
+def shared_rows(
+  topk_indices: Sequence[Int32[Array, "B P K"]], together: int
+) -> Float32[Array, " L"]:
+  """Distinct keys of neighbouring queries, as a share of all that they select.
+
+  1: they have none in common; 1 / together: all. `sparse_mla` with
+  `shares_rows` reads that share.
+
+  Args:
+    topk_indices: of each layer, at consecutive positions; no index twice a
+      query, -1 for none.
+    together: queries of a group; those beyond the last whole group are left
+      out.
+
+  Raises:
+    ValueError: fewer positions than a group has.
+  """
+  batch, positions, _ = topk_indices[0].shape
+  groups = positions // together
+  if not 1 <= together <= positions:
+    raise ValueError(
+      "`together` must be 1 to the number of positions: got"
+      f" {together} for {positions}. Observe longer sequences."
+    )
+
+  def share(indices):
+    indices = indices[:, : groups * together]
+    merged = jnp.sort(indices.reshape(batch, groups, -1), axis=-1)
+    is_new = jnp.diff(merged, axis=-1, prepend=-1) > 0
+    return jnp.sum(is_new) / jnp.maximum(jnp.sum(merged >= 0), 1)
+
+  return jnp.stack([share(indices) for indices in topk_indices])
+
+
 def attention_recall(
   observation: Observation, *, scale: float, per_position: bool = False
 ) -> Float32[Array, "*P L L"]:
@@ -127,6 +161,21 @@ def model_overlap(
       observation.topk_indices, per_position=positions is not None
     ),
     (observe(config, params, tokens, positions) for tokens in batches),
+  )
+
+
+def model_shared_rows(
+  config: config_lib.SparseTransformerConfig,
+  params: dict,
+  batches: Iterable[Int[Array, "B T"] | Int[np.ndarray, "B T"]],
+  together: Sequence[int],
+) -> Float32[np.ndarray, "G L"]:
+  """`shared_rows` of a model for groups of each size, the mean over batches."""
+  return _mean_over_batches(
+    lambda observation: jnp.stack(
+      [shared_rows(observation.topk_indices, size) for size in together]
+    ),
+    (observe(config, params, tokens) for tokens in batches),
   )
 
 

@@ -86,6 +86,9 @@ class MeasureOverlapTest(ScriptCase):
     ):
       self.assertEqual(report[key], expected, key)
     self.assertIn("measure_overlap --smoke", report["command"])
+    shares = {name: len(x) for name, x in report["shared_rows"].items()}
+    self.assertEqual(shares, {"2": 12, "3": 12, "4": 12})
+    self.assertIn("2 neighbouring queries: distinct keys 0.", done.stdout)
     self.assertEqual(report["environment"]["platform"], "cpu")
     for name in ("overlap", "recall"):
       by_position = np.array(report[name])

@@ -55,6 +55,52 @@ def overlap_loop(topk_indices):
   return result
 
 
+class SharedRowsTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 3, 5)
+  def test_equals_sets(self, together):
+    selections = random_selections(seed=4, rows=11, k=12)
+    actual = analysis.shared_rows(selections, together)
+    for share, indices in zip(actual, np.asarray(selections), strict=True):
+      distinct = selected = 0
+      for sequence in indices:
+        for first in range(0, 11 - together + 1, together):
+          group = [
+            set(row.tolist()) - {-1} for row in sequence[first:][:together]
+          ]
+          distinct += len(set.union(*group))
+          selected += sum(map(len, group))
+      np.testing.assert_allclose(
+        share, distinct / selected, **tolerances.tolerance("float32")
+      )
+
+  def test_extremes(self):
+    same = jnp.broadcast_to(jnp.arange(6), (2, 8, 6))
+    other = jnp.arange(2 * 8 * 6).reshape(2, 8, 6)
+    nothing = jnp.full((2, 8, 6), -1)
+    np.testing.assert_allclose(
+      analysis.shared_rows([same, other, nothing], 4), [0.25, 1, 0]
+    )
+
+  def test_refuses_fewer_positions(self):
+    with self.assertRaisesRegex(ValueError, "got 9 for 8"):
+      analysis.shared_rows([jnp.zeros((1, 8, 2), jnp.int32)], 9)
+
+  def test_a_models(self):
+    batches = [toy_batch(), toy.random_tokens(seed=4)]
+    shares = analysis.model_shared_rows(
+      toy.config(), toy.full_params(), batches, (1, 2)
+    )
+    observations = [
+      observation.observe(toy.config(), toy.full_params(), tokens)
+      for tokens in batches
+    ]
+    expected = np.mean(
+      [analysis.shared_rows(x.topk_indices, 2) for x in observations], axis=0
+    )
+    np.testing.assert_allclose(shares[0], 1)
+    np.testing.assert_allclose(shares[1], expected, rtol=1e-6)
+
+
 def attention_loop(aux, layer, b, t, scale):
   """Logits of each head over the visible keys in float64."""
   query = np.float64(aux.attention_inputs[layer].query[b, t])

@@ -212,6 +212,8 @@ class SparseMLATest(parameterized.TestCase):
     # A large latent epsilon: the layer's norms take it, and no other.
     ("latent_norm_eps", {"latent_norm_eps": 0.1, "rms_norm_eps": 0.5}),
     ("bias", {"attention_bias": True}),
+    # No kernel for it here.
+    ("shares_rows", {"shares_rows": True}),
   )
   def test_equals_the_expanded_form(self, changes):
     config = toy.config(**changes)
