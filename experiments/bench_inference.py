@@ -12,7 +12,8 @@ the speed of generation.
 Random weights; the work does not depend on their values, once the experts share
 the tokens as a trained router's do: their load is reported. Beside each ratio
 stands what kernels account for: the speed-up if the time of the removed
-indexers' kernels alone went away.
+indexers' kernels alone went away. Each time has the card's mean clock and power
+beside it: the power limit holds the clock down, and not alike for all phases.
 """
 
 import datetime
@@ -31,6 +32,7 @@ from absl import flags, logging
 import indexcache_jax as ic
 from experiments import (
   common,
+  gpu_clock,
   inference_programs,
   inference_report,
   inference_series,
@@ -115,9 +117,10 @@ def main(argv):
   profile = inference_report.read_profile(_PROFILE.value)
   params = make_params(config, log)
   compile_all(series, params, contexts, log)
-  for one in series:
-    Bench(one, params, log).run(contexts)
-    inference_report.write(folder, log.records, profile)
+  with gpu_clock.ClockLog() as clock:
+    for one in series:
+      Bench(one, params, log, clock).run(contexts)
+      inference_report.write(folder, log.records, profile)
   print(inference_report.table(log.records, profile))
   print(f"\n{inference_report.indexer_table(log.records)}")
 
@@ -258,13 +261,20 @@ class Log:
 class Bench:
   """A model under one schedule, with its two compiled programs."""
 
-  def __init__(self, series: inference_series.Series, params, log: Log):
+  def __init__(
+    self,
+    series: inference_series.Series,
+    params,
+    log: Log,
+    clock: gpu_clock.ClockLog,
+  ):
     """Keeps what the runs share."""
     self._config = series.config
     self._labels = series.labels
     self._params = params
     self._model = ic.SparseTransformer(series.config)
     self._log = log
+    self._clock = clock
 
   def run(self, contexts: list[int]) -> None:
     """Prefills and generates at each context, longest last."""
@@ -293,7 +303,10 @@ class Bench:
         begin = time.perf_counter()
         logits, cache = self._prefill(cache, context)
         self._add(
-          "prefill", context=context, seconds=time.perf_counter() - begin
+          "prefill",
+          context=context,
+          seconds=time.perf_counter() - begin,
+          **self._clock.since(begin),
         )
     if "decode" in _PHASES.value:
       if logits is None:
@@ -347,6 +360,7 @@ class Bench:
         batch=batch,
         ms_per_token=seconds / _NEW_TOKENS.value * 1e3,
         tokens_per_second=batch * _NEW_TOKENS.value / seconds,
+        **self._clock.since(begin),
       )
       logits, cache = state.logits, state.cache
 

@@ -255,12 +255,13 @@ class EntryTest(parameterized.TestCase):
   @parameterized.parameters(
     # Of 20 heads 3 queries are together, of 32 2, of 33 none; lengths that they
     # do not divide, in both of two sequences.
-    shapes.Shape(2, 61, 90, 20, 64, 64, 24),
-    shapes.Shape(1, 100, 40, 32, 96, 40, 130),
-    shapes.Shape(1, 90, 40, 33, 64, 64, 16),
+    shapes.Shape(2, 7, 90, 20, 64, 64, 24),
+    shapes.Shape(1, 9, 40, 32, 96, 40, 130),
+    shapes.Shape(1, 9, 40, 33, 64, 64, 16),
   )
   def test_neighbours_share_rows(self, *shape):
-    setup(self)
+    # As many groups as it has multiprocessors are enough to share.
+    setup(self, chip.Chip("NVIDIA H200", 4))
     shape = shapes.Shape(*shape)
     query, latent, indices = sparse_attention_test.inputs(shape, "bfloat16")
     rng = np.random.default_rng(0)
@@ -598,7 +599,10 @@ class InterpretedTest(parameterized.TestCase):
     with (
       mock.patch.object(items.Rows, "release", _release_early),
       portable_copies.interpreted(detect_races=True),
-      self.assertRaisesRegex(jax.errors.JaxRuntimeError, "RACE DETECTED"),
+      # Or the barrier runs ahead of who waits for it, which is refused.
+      self.assertRaisesRegex(
+        jax.errors.JaxRuntimeError, "RACE DETECTED|already at phase"
+      ),
     ):
       jax.jit(lambda *args: forward.call(problem, *args))(*args)
 
