@@ -127,7 +127,7 @@ def _dot_general(rows, kernel, dimension_numbers, **kwargs):
 
 def _by_rows(rows, kernel, leading, *, several, one):
   """`several` of rows and kernel, but on a GPU `one` of one row."""
-  if math.prod(leading) > 1:
+  if math.prod(leading) != 1:
     return several(rows, kernel)
   return jax.lax.platform_dependent(rows, kernel, cuda=one, default=several)
 

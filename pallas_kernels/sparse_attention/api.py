@@ -82,8 +82,9 @@ def sparse_mla(
     shares_rows: `topk_indices` ascend, -1 behind them, as `indexer_topk` has
       them, and queries that follow each other select much the same: then each
       row is read once for up to 4 of them. Where it is not so, slower, and of
-      indices in another order wrong. Many queries of at most 32 heads in
-      mosaic_gpu; elsewhere it changes nothing.
+      indices in another order wrong; a row that is not finite reaches all of
+      them. Many queries of at most 32 heads in mosaic_gpu; elsewhere it changes
+      nothing.
     implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
       platform.
 

@@ -43,6 +43,12 @@ class SparseMLAGeneratedTest(parameterized.TestCase):
   @parameterized.parameters(*_SHAPES)
   def test_queries(self, *shape):
     shape = shapes.Shape(*shape)
+    for query, latent, indices in self.draws(shape):
+      actual = self.attend(shape, query, generated.poisoned(latent), indices)
+      self.check(shape, actual, (query, latent, indices))
+
+  def draws(self, shape):
+    """Arguments of each sharpness."""
     rng = np.random.default_rng(sum(shape))
     for sharpness in _SHARPNESS:
       query = sharpness * self.query(rng, shape)
@@ -52,9 +58,7 @@ class SparseMLAGeneratedTest(parameterized.TestCase):
       indices = generated.selections(
         rng, shape.batch, shape.num_queries, shape.num_keys, shape.k
       )
-      with self.subTest(sharpness=sharpness):
-        actual = self.attend(shape, query, generated.poisoned(latent), indices)
-        self.check(shape, actual, (query, latent, indices))
+      yield query, latent, indices
 
   @parameterized.parameters(
     # Together 3, 2, 4; two sequences whose queries these do not divide.
@@ -65,28 +69,17 @@ class SparseMLAGeneratedTest(parameterized.TestCase):
   )
   def test_neighbours_share_rows(self, *shape):
     shape = shapes.Shape(*shape)
-    rng = np.random.default_rng(sum(shape))
-    for sharpness in _SHARPNESS:
-      query = sharpness * self.query(rng, shape)
-      latent = generated.normal(
-        rng, shape.batch, shape.num_keys, shape.latent_dim
-      )
-      indices = np.asarray(
-        generated.selections(
-          rng, shape.batch, shape.num_queries, shape.num_keys, shape.k
-        )
-      )
-      indices = np.where(indices < 0, shape.num_keys, indices)
+    for query, latent, indices in self.draws(shape):
       # As `indexer_topk` has them; some select what the query before does.
+      indices = np.where(indices < 0, shape.num_keys, indices)
       indices = np.sort(indices, axis=-1)
       indices[:, 1::4] = indices[:, ::4][:, : indices[:, 1::4].shape[1]]
       indices = np.where(indices == shape.num_keys, -1, indices)
       args = (query, generated.poisoned(latent), jnp.asarray(indices))
-      with self.subTest(sharpness=sharpness):
-        actual = self.attend(shape, *args, shares_rows=True)
-        self.check(shape, actual, (query, latent, indices))
-        again = self.attend(shape, *args, shares_rows=True)
-        jax.tree.map(np.testing.assert_array_equal, again, actual)
+      actual = self.attend(shape, *args, shares_rows=True)
+      self.check(shape, actual, (query, latent, indices))
+      again = self.attend(shape, *args, shares_rows=True)
+      jax.tree.map(np.testing.assert_array_equal, again, actual)
 
   def query(self, rng, shape):
     return generated.normal(
