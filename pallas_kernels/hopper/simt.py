@@ -29,6 +29,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
 from jax.experimental.mosaic.gpu import utils
@@ -346,6 +348,48 @@ def inline(
     body(machine, *memories, *ints)
 
   emit(*refs, *scalars)
+
+
+def kernel(
+  body: Callable[..., None],
+  out_type: Sequence[jax.ShapeDtypeStruct],
+  *,
+  name: str,
+  num_blocks: int,
+  num_threads: int,
+  shared_words: int,
+) -> Callable[..., list[jax.Array]]:
+  """A Mosaic GPU kernel that is `body` alone.
+
+  Args:
+    body: of a machine, the inputs, the outputs, shared memory and the block's
+      number.
+    out_type: of the outputs, of 32 bits.
+    name: of the kernel.
+    num_blocks: of the grid.
+    num_threads: of a block, a multiple of 128.
+    shared_words: of shared memory.
+  """
+
+  def run(*refs):
+    block = jax.lax.axis_index("block")
+    inline(body, refs, (block,), num_threads=num_threads)
+
+  return plgpu.kernel(
+    run,
+    out_type=out_type,
+    scratch_types=[plgpu.SMEM((shared_words,), jnp.int32)],
+    grid=(num_blocks,),
+    grid_names=("block",),
+    num_threads=num_threads // WARPGROUP,
+    thread_name="warpgroup",
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=True,
+      reduction_scratch_bytes=0,
+    ),
+  )
 
 
 def warpgroup_thread() -> Int:

@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from pallas_kernels.hopper import simt
@@ -76,35 +75,17 @@ def call(
   """
   plan = Plan(share, indices.shape[1])
   groups = len(indices) // share
-  return launch(plan, groups)(indices)
-
-
-def launch(plan: Plan, groups: int):
-  """The kernel, of a block for each group; a function of `indices`."""
-
-  def kernel(*refs):
-    group = jax.lax.axis_index("group")
-    body = functools.partial(merge, plan)
-    simt.inline(body, refs, (group,), num_threads=_THREADS)
-
-  return plgpu.kernel(
-    kernel,
-    out_type=[
+  return simt.kernel(
+    functools.partial(merge, plan),
+    [
       jax.ShapeDtypeStruct((groups, plan.size), jnp.int32),
       jax.ShapeDtypeStruct((groups,), jnp.int32),
     ],
-    scratch_types=[plgpu.SMEM((plan.shared_words,), jnp.int32)],
-    grid=(groups,),
-    grid_names=("group",),
-    num_threads=_THREADS // simt.WARPGROUP,
-    thread_name="warpgroup",
-    kernel_name="sparse_mla_shared_rows",
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
-      reduction_scratch_bytes=0,
-    ),
-  )
+    name="sparse_mla_shared_rows",
+    num_blocks=groups,
+    num_threads=_THREADS,
+    shared_words=plan.shared_words,
+  )(indices)
 
 
 def merge(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.hopper import chip, simt
@@ -22,7 +21,6 @@ from pallas_kernels.topk import mosaic_gpu_kernel_source as source
 from pallas_kernels.topk.mosaic_gpu_kernel import Block, Plan, Shared
 from pallas_kernels.topk.mosaic_gpu_kernel_source import Parts
 
-_WARPGROUP = 128
 _MAX_K = 8192
 # The buffer's limit is twice k, but at least and at most so much more than k.
 _MORE_THAN_K = (512, 4096)
@@ -144,25 +142,13 @@ def _launch(plan, num_places, out):
     A function of scores, lengths if any, and parts if any.
   """
 
-  def kernel(*refs):
-    body = functools.partial(_select, plan, len(out))
-    place = jax.lax.axis_index("place")
-    simt.inline(body, refs, (place,), num_threads=plan.num_threads)
-
-  return plgpu.kernel(
-    kernel,
-    out_type=out,
-    scratch_types=[plgpu.SMEM((plan.shared_words,), jnp.int32)],
-    grid=(num_places,),
-    grid_names=("place",),
-    num_threads=plan.num_threads // _WARPGROUP,
-    thread_name="warpgroup",
-    kernel_name="top_k",
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
-      reduction_scratch_bytes=0,
-    ),
+  return simt.kernel(
+    functools.partial(_select, plan, len(out)),
+    out,
+    name="top_k",
+    num_blocks=num_places,
+    num_threads=plan.num_threads,
+    shared_words=plan.shared_words,
   )
 
 
