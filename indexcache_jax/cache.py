@@ -58,7 +58,8 @@ def init_cache(
 
   Memory: `B S (L C + F D)` elements of `config.dtype`; with 8-bit index keys,
   `F (D + 4)` bytes a token for them instead; packed for a TPU, a latent takes
-  whole rows of 512 bytes.
+  whole rows of 512 bytes. On a GPU a capacity that is not a multiple of 8 costs
+  a copy of a layer's index keys with each use.
 
   Raises:
     ValueError: no row or no token, or more bytes than the device has free.

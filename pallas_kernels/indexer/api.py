@@ -106,7 +106,7 @@ def indexer_topk(
     memory_bytes: held at most beside arguments and result, for any B, T and S:
       so many queries, of so many sequences, are scored together. One query's
       scores are the least. Not counted is a copy of `index_k`: with "xla"
-      always; with "mosaic_gpu" where S is no multiple of 32, or D not 64 or
+      always; with "mosaic_gpu" where S is no multiple of 8, or D not 64 or
       128; with "mosaic_tpu" where S is no multiple of its tile.
     implementation: "mosaic_gpu", "mosaic_tpu", "xla"; None: the best for this
       platform.

@@ -26,6 +26,8 @@ _DIMS = (64, 128)
 _SPARE_BYTES = 2048
 # Asynchronous copies of queries begin and end at multiples of it.
 _QUERIES = 8
+# Keys of a tile of shared memory: a copy puts zeros behind the last whole one.
+_ROWS = 8
 # Float32 of a line of the cache, at which each row of scores begins: what JAX
 # asks of vectors that are stored to rows.
 _KEYS = 32
@@ -62,7 +64,8 @@ def indexer_scores(
 
   The scores are padded, and copied once, where S is not a multiple of 32 or
   below a tile, and where T, too large for the decoding kernel, is not a
-  multiple of 8 or below 64.
+  multiple of 8 or below 64. The keys are, where S is not a multiple of 8 or
+  below a tile.
 
   Args:
     index_q: queries, bfloat16 or float8_e4m3fn.
@@ -161,19 +164,18 @@ def _scores(
   index_q, index_k = (_pad(x, -1, to=dim) for x in (index_q, index_k))
   row_bytes = dim * index_q.dtype.itemsize
   tiles = _tiles(*index_q.shape[1:3], row_bytes, tiles)
-  num_keys = max(_round_up(index_k.shape[1], _KEYS), tiles.width)
+  num_keys = index_k.shape[1]
   # Padding is behind every `key_end`.
-  key_start, key_end = (
-    jnp.clip(x, 0, index_k.shape[1]) for x in (key_start, key_end)
-  )
-  index_k = _pad(index_k, 1, to=num_keys)
+  key_start, key_end = (jnp.clip(x, 0, num_keys) for x in (key_start, key_end))
+  index_k = _pad(index_k, 1, to=max(_round_up(num_keys, _ROWS), tiles.width))
+  num_keys = max(_round_up(num_keys, _KEYS), tiles.width)
   if key_scale is not None:
     key_scale = _pad(key_scale, 1, to=num_keys)
   is_decode = isinstance(tiles, mosaic_gpu_decode_kernel.Tiles)
   call = _score_few if is_decode else _score_many
   return call(
     index_q, index_k, index_weights, key_start, key_end, key_scale,
-    fills_behind=fills_behind, tiles=tiles,
+    fills_behind=fills_behind, num_keys=num_keys, tiles=tiles,
     num_blocks=chip.num_multiprocessors,
   )  # fmt: skip
 
@@ -207,7 +209,7 @@ def _score_few(
   schedule = mosaic_gpu_schedule.schedule(
     key_start,
     key_end,
-    num_keys=index_k.shape[1],
+    num_keys=grid["num_keys"],
     width=grid["tiles"].width,
     fills_behind=fills_behind,
   )
@@ -241,7 +243,7 @@ def _score_many(
   schedule = mosaic_gpu_schedule.schedule(
     key_start,
     key_end,
-    num_keys=index_k.shape[1],
+    num_keys=grid["num_keys"],
     width=grid["tiles"].width,
     fills_behind=fills_behind,
   )

@@ -57,6 +57,7 @@ def scores(
   key_scale,
   schedule: schedule_lib.Schedule,
   *,
+  num_keys: int,
   tiles: Tiles,
   num_blocks: int,
 ):
@@ -64,12 +65,14 @@ def scores(
 
   Args:
     index_q: queries.
-    index_k: keys `[B, S, D]`, S a multiple of 8 and at least a tile.
+    index_k: keys `[B, any, D]`, a multiple of 8, at least a tile; read as
+      0 behind them.
     index_weights: head weights `[B, T, I]`.
     key_start: first visible key `[B, T]`.
     key_end: one past the last.
     key_scale: float32 factors `[B, S]`, or None.
     schedule: of one row a sequence.
+    num_keys: S, a multiple of 8 and at least a tile.
     tiles: sizes.
     num_blocks: of the grid.
 
@@ -82,9 +85,7 @@ def scores(
     operands.append(key_scale)
   return plgpu.kernel(
     functools.partial(_kernel, tiles=tiles, num_blocks=num_blocks),
-    out_type=jax.ShapeDtypeStruct(
-      (batch, num_queries, index_k.shape[1]), jnp.float32
-    ),
+    out_type=jax.ShapeDtypeStruct((batch, num_queries, num_keys), jnp.float32),
     scratch_types=_scratch(tiles, (num_queries, heads), dim, index_q.dtype),
     grid=(num_blocks,),
     grid_names=("block",),

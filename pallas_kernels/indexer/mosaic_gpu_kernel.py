@@ -81,6 +81,7 @@ def scores(
   key_scale,
   schedule: schedule_lib.Schedule,
   *,
+  num_keys: int,
   tiles: Tiles,
   num_blocks: int,
 ):
@@ -88,13 +89,15 @@ def scores(
 
   Args:
     index_q: queries `[B, T, I, D]`, T a multiple of 8 and at least 64.
-    index_k: keys `[B, S, D]`, S a multiple of 8 and at least a tile.
+    index_k: keys `[B, any, D]`, a multiple of 8, at least a tile; read as
+      0 behind them.
     weights: by block of queries `[B, blocks, I, 64]`. The last block begins at
       T - 64.
     key_start: first visible key, by block `[B, blocks, 64]`.
     key_end: one past the last.
     key_scale: float32 factors `[B, S]`, or None.
     schedule: the tiles to compute and to fill.
+    num_keys: S, a multiple of 8 and at least a tile.
     tiles: sizes.
     num_blocks: thread blocks that run together.
 
@@ -109,9 +112,7 @@ def scores(
   cluster = {"cluster": (tiles.members,), "cluster_names": ("member",)}
   return plgpu.kernel(
     functools.partial(_kernel, tiles=tiles, clusters=clusters, heads=heads),
-    out_type=jax.ShapeDtypeStruct(
-      (batch, num_queries, index_k.shape[1]), jnp.float32
-    ),
+    out_type=jax.ShapeDtypeStruct((batch, num_queries, num_keys), jnp.float32),
     scratch_types=_scratch(tiles, dim, index_q.dtype),
     grid=(clusters,),
     grid_names=("cluster",),
