@@ -126,7 +126,8 @@ def record_rows(
   """Notes which 64 rows an item has, and where it has each.
 
   Args:
-    places: int32 [items, rows] in global memory; is set for these rows alone.
+    places: [items, rows] in global memory, integers of 2 or 4 bytes; is set
+      for these rows alone.
     bits: int32 [words, rows] in global memory, zeros at first: bit `item % 32`
       of word `item // 32` is set for each row.
     row_ids: int32 [64], layout `Layout.WGMMA.reduce(1)`; below 0: none.
@@ -134,6 +135,7 @@ def record_rows(
     first_place: of the first row id, an int32 scalar.
   """
   num_rows = places.shape[-1]
+  place_bytes = places.dtype.itemsize
 
   @plgpu.inline_mgpu(
     arg_types=(_REF, _REF, _PRODUCT.reduce(1), _SCALAR, _SCALAR)
@@ -141,7 +143,9 @@ def record_rows(
   def record(_, places, bits, row_ids, item, first_place):
     item = item.registers.item()
     place = arith.addi(first_place.registers.item(), _row_of_thread())
-    places = _offset(_global_pointer(places), _scaled(item, 4 * num_rows))
+    places = _offset(
+      _global_pointer(places), _scaled(item, place_bytes * num_rows)
+    )
     word = arith.shrui(item, _int32(_WORD_BITS.bit_length() - 1))
     bits = _offset(_global_pointer(bits), _scaled(word, 4 * num_rows))
     bit = arith.shli(_int32(1), arith.andi(item, _int32(_WORD_BITS - 1)))
@@ -150,18 +154,16 @@ def record_rows(
     for half, row_id in enumerate(row_ids.registers.flat):
       row_id = _element(row_id, 0)
       is_row = arith.cmpi(arith.CmpIPredicate.sge, row_id, _int32(0))
-      row_offset = _scaled(row_id, 4)
-      for instruction, array, value in (
-        (
-          "st.global.b32",
-          places,
-          arith.addi(place, _int32(_HALF_ROWS * half)),
-        ),
-        ("red.relaxed.gpu.global.or.b32", bits, bit),
+      own_place = arith.addi(place, _int32(_HALF_ROWS * half))
+      if place_bytes == 2:
+        own_place = arith.trunci(_i16(), own_place)
+      for instruction, array, row_bytes, value in (
+        (f"st.global.b{8 * place_bytes}", places, place_bytes, own_place),
+        ("red.relaxed.gpu.global.or.b32", bits, 4, bit),
       ):
         utils.inline_ptx(
           f"{instruction} [$0], $1;",
-          _offset(array, row_offset),
+          _offset(array, _scaled(row_id, row_bytes)),
           value,
           predicate=arith.andi(is_row, is_first_lane),
           has_side_effects=True,
@@ -193,6 +195,7 @@ def gather_add(
   """
   chunks = total.shape[-1] // COLUMNS
   words, num_rows = bits.shape
+  place_bytes = places.dtype.itemsize
 
   @plgpu.inline_mgpu(arg_types=(*(_REF,) * 4, _SCALAR, _SCALAR))
   def add(_, total, addends, places, bits, first_row, first_thread):
@@ -207,13 +210,20 @@ def gather_add(
         _scaled(total_row, 4 * COLUMNS * chunks),
         _scaled(chunk, 4 * COLUMNS),
       )
-      places, bits = (
-        _offset(_global_pointer(x), _scaled(row, 4)) for x in (places, bits)
-      )
+      places = _offset(_global_pointer(places), _scaled(row, place_bytes))
+      bits = _offset(_global_pointer(bits), _scaled(row, 4))
       addends = _offset(_global_pointer(addends), _scaled(chunk, 2 * COLUMNS))
 
+      def mask_of(word):
+        return llvm.load(_i32(), _offset(bits, _scaled(word, 4 * num_rows)))
+
       def source(item):
-        place = llvm.load(_i32(), _offset(places, _scaled(item, 4 * num_rows)))
+        place = llvm.load(
+          _i16() if place_bytes == 2 else _i32(),
+          _offset(places, _scaled(item, place_bytes * num_rows)),
+        )
+        if place_bytes == 2:
+          place = arith.extui(_i32(), place)
         return _offset(
           addends,
           _scaled(item, 2 * COLUMNS * chunks * rows_an_item),
@@ -221,26 +231,34 @@ def gather_add(
         )
 
       def add_word(word, *sums):
-        mask = llvm.load(_i32(), _offset(bits, _scaled(word, 4 * num_rows)))
         first_item = arith.muli(word, _int32(_WORD_BITS))
-        sums = _add_at_bits(
-          mask, lambda bit: source(arith.addi(first_item, bit)), sums
+        return _add_at_bits(
+          mask_of(word), lambda bit: source(arith.addi(first_item, bit)), sums
         )
-        return (arith.addi(word, _int32(1)), *sums)
 
-      _, *sums = _while(
-        lambda word, *_: arith.cmpi(
-          arith.CmpIPredicate.ult, word, _int32(words)
-        ),
-        add_word,
-        _int32(0),
-        *_load_floats(target),
+      (seen,) = _for_each_word(
+        words, lambda word, seen: (arith.ori(seen, mask_of(word)),), _int32(0)
       )
-      _store_floats(target, sums)
+      # Among many keys few have a query in a chunk: the others' sums, of 4
+      # bytes a column, are neither read nor written.
+      with utils.when(_is_nonzero(seen)):
+        sums = _for_each_word(words, add_word, *_load_floats(target))
+        _store_floats(target, sums)
 
   add(
     total, addends, places, bits, jnp.int32(first_row), jnp.int32(first_thread)
   )
+
+
+def _for_each_word(words, body, *carry):
+  """`carry = body(word, *carry)` for each of the words' numbers."""
+  _, *carry = _while(
+    lambda word, *_: arith.cmpi(arith.CmpIPredicate.ult, word, _int32(words)),
+    lambda word, *carry: (arith.addi(word, _int32(1)), *body(word, *carry)),
+    _int32(0),
+    *carry,
+  )
+  return carry
 
 
 def _add_at_bits(mask, source, sums):
@@ -374,6 +392,10 @@ def _is_nonzero(x):
 
 def _int32(value):
   return arith.constant(_i32(), value)
+
+
+def _i16():
+  return ir.IntegerType.get_signless(16)
 
 
 def _i32():

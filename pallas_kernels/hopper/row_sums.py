@@ -27,8 +27,9 @@ from jaxtyping import Array, Float32
 from pallas_kernels.hopper import reductions
 
 # Of a chunk's addends and notes: two waves of items with 2048 rows of 576
-# columns on an H200, and below the GiB that the ops promise.
-CHUNK_BYTES = 640 << 20
+# columns on an H200, of up to 131,072 keys, and below the GiB that the ops
+# promise. Each chunk reads and writes the sums of the keys that it has.
+CHUNK_BYTES = 672 << 20
 _WARPGROUPS = 4
 _WORD_BITS = 32
 
@@ -53,13 +54,23 @@ class Sizes(NamedTuple):
   num_blocks: int
 
   @property
+  def item_bytes(self) -> int:
+    """Of an item's addends and places."""
+    places = self.place_dtype.itemsize * self.num_keys
+    return 2 * self.rows_an_item * self.width + places
+
+  @property
   def max_items(self) -> int:
     """Of a chunk."""
-    item_bytes = 2 * self.rows_an_item * self.width + 4 * self.num_keys
-    most = max(1, CHUNK_BYTES // item_bytes)
+    most = max(1, CHUNK_BYTES // self.item_bytes)
     if most > self.num_blocks:
       most -= most % self.num_blocks
     return min(most, self.items)
+
+  @property
+  def place_dtype(self) -> jnp.dtype:
+    """Of what says which of an item's rows a key is: one for each key."""
+    return jnp.dtype("uint16" if self.rows_an_item <= 1 << 16 else "int32")
 
   @property
   def out_type(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -69,7 +80,7 @@ class Sizes(NamedTuple):
       jax.ShapeDtypeStruct(
         (items * self.rows_an_item, self.width), jnp.bfloat16
       ),
-      jax.ShapeDtypeStruct((items, self.num_keys), jnp.int32),
+      jax.ShapeDtypeStruct((items, self.num_keys), self.place_dtype),
     )
 
 

@@ -93,8 +93,9 @@ def sparse_mla(
     if asked. Differentiable in `query` and `kv_latent`; in `query` alone, and
     in XLA, where the latents are quantized. Memory beyond that:
     chunks of queries in XLA, recomputed in the backward pass; in mosaic_gpu's
-    backward pass a float32 copy of `kv_latent` and less than 640 MiB; in
-    mosaic_tpu's a float32 copy for each core and one packed for the kernel.
+    backward pass a float32 copy of `kv_latent`, less than 672 MiB and, of
+    heads in no multiple of 8, copies of all that is theirs; in mosaic_tpu's a
+    float32 copy for each core and one packed for the kernel.
 
   Raises:
     ValueError: shapes that do not fit; a gradient of quantized latents.

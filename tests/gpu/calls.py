@@ -138,11 +138,11 @@ def _sparse_mla_backward_in_chunks():
   """
   _, args = _sparse_mla_backward(2, 100, 64)
   _, kv_latent, indices, _ = args
-  query_bytes = 2 * indices.shape[-1] * kv_latent.shape[-1]
-  query_bytes += 4 * kv_latent.shape[1]
+  keys, width = kv_latent.shape[1:]
+  sizes = row_sums.Sizes(1, 1, keys, indices.shape[-1], width, 1)
 
   def gradients(*args):
-    with mock.patch.object(row_sums, "CHUNK_BYTES", 67 * query_bytes):
+    with mock.patch.object(row_sums, "CHUNK_BYTES", 67 * sizes.item_bytes):
       return _gradients(*args)
 
   return gradients, args

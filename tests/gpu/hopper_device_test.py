@@ -170,12 +170,15 @@ class FragmentsTest(HopperDeviceTest):
 
 
 class RowSumsTest(HopperDeviceTest):
-  @parameterized.product(width=(64, 192), max_items=(100, 40))
-  def test_in_the_order_of_the_items(self, width, max_items):
+  # Among many keys a chunk has most of them nowhere.
+  @parameterized.product(
+    width=(64, 192), max_items=(100, 40), num_keys=(90, 3000)
+  )
+  def test_in_the_order_of_the_items(self, width, max_items, num_keys):
     sizes = row_sums.Sizes(
       sequences=2,
       items=100,
-      num_keys=90,
+      num_keys=num_keys,
       rows_an_item=hopper_kernels.ROWS,
       width=width,
       num_blocks=132,
@@ -183,16 +186,15 @@ class RowSumsTest(HopperDeviceTest):
     rng = np.random.default_rng(width)
     addends = rng.normal(size=(200, 64, width)).astype(ml_dtypes.bfloat16)
     addends = addends.astype(np.float32)
-    ids = np.stack([rng.permutation(90)[:64] for _ in range(200)])
+    ids = np.stack([rng.permutation(num_keys)[:64] for _ in range(200)])
     ids = np.where(rng.random(ids.shape) < 0.2, -1, ids).astype(np.int32)
-    expected = np.zeros((180, width), np.float32)
+    expected = np.zeros((2 * num_keys, width), np.float32)
     for item, (own, values) in enumerate(zip(ids, addends, strict=True)):
       is_row = own >= 0
-      expected[item // 100 * 90 + own[is_row]] += values[is_row]
+      expected[item // 100 * num_keys + own[is_row]] += values[is_row]
 
     def run(addends, ids):
-      item_bytes = 2 * sizes.rows_an_item * width + 4 * sizes.num_keys
-      chunk_bytes = max_items * item_bytes
+      chunk_bytes = max_items * sizes.item_bytes
       with mock.patch.object(row_sums, "CHUNK_BYTES", chunk_bytes):
         self.assertEqual(sizes.max_items, max_items)
         return hopper_kernels.sum_items(addends, ids, sizes)

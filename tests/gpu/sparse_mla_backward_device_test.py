@@ -91,7 +91,7 @@ class SparseMLABackwardDeviceTest(parameterized.TestCase):
     first = gradients(*args)
     for _ in range(_REPEATS):
       self.assert_equal(gradients(*args), first)
-    one_item = 2 * 128 * 576 + 4 * 900
+    one_item = row_sums.Sizes(1, 1, 900, 128, 576, 1).item_bytes
     jax.clear_caches()
     with mock.patch.object(row_sums, "CHUNK_BYTES", 67 * one_item):
       chunked = gradients(*args)

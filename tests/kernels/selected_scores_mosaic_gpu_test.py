@@ -139,7 +139,7 @@ class SelectedScoresTest(parameterized.TestCase):
   def test_chunks_change_rounding_only(self):
     args = inputs(2, 7, 12, 64, 40, 70)
     whole = scores_and_gradients(*args)
-    one_item = 2 * 128 * 64 + 4 * 40
+    one_item = row_sums.Sizes(1, 1, 40, 128, 64, 1).item_bytes
     jax.clear_caches()
     self.addCleanup(jax.clear_caches)
     with mock.patch.object(row_sums, "CHUNK_BYTES", 3 * one_item):

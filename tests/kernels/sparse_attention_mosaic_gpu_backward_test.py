@@ -134,7 +134,8 @@ class BackwardTest(parameterized.TestCase):
     args = inputs(*shape)
     whole = jax.jit(gradients)(*args)
     self.assert_right(args, whole)
-    one_item = 2 * shape[-1] * shape[4] + 4 * shape[3]
+    keys, width, rows = shape[3], shape[4], shape[-1]
+    one_item = row_sums.Sizes(1, 1, keys, rows, width, 1).item_bytes
     for items in (1, 3, 4):
       with mock.patch.object(row_sums, "CHUNK_BYTES", items * one_item):
         chunked = jax.jit(lambda *args: gradients(*args))(*args)
@@ -206,7 +207,13 @@ class SizesTest(parameterized.TestCase):
     self.assertEqual(sizes.max_items, 264)
     held = sum(x.size * x.dtype.itemsize for x in sizes.out_type)
     self.assertLessEqual(held, row_sums.CHUNK_BYTES)
+    self.assertEqual(sizes._replace(num_keys=1 << 17).max_items, 264)
     self.assertEqual(sizes._replace(num_keys=1 << 30).max_items, 1)
+
+  @parameterized.parameters((1 << 16, "uint16"), ((1 << 16) + 1, "int32"))
+  def test_places_hold_the_number_of_any_row(self, rows, dtype):
+    sizes = row_sums.Sizes(1, 1, 1, rows, 64, 1)
+    self.assertEqual(sizes.out_type[1].dtype, dtype)
 
 
 if __name__ == "__main__":
