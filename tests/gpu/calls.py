@@ -11,6 +11,7 @@ import numpy as np
 
 import pallas_kernels as pk
 from pallas_kernels.hopper import row_sums
+from tests.gpu import hopper_kernels
 
 
 def _normal(seed, *shape, dtype=jnp.bfloat16):
@@ -208,6 +209,12 @@ def _expert_mlp(num_rows):
   )
 
 
+def _named_barriers():
+  """No op: what a tool says of the least kernel that hands something over."""
+  call = functools.partial(hopper_kernels.hand_over, blocks=128)
+  return call, (_normal(0, 4, 64, dtype=jnp.float32),)
+
+
 # A function and its arguments, made when it is called.
 CALLS = {
   "top_k": _top_k,
@@ -235,6 +242,7 @@ CALLS = {
   "grouped_matmul": lambda: _grouped(300),
   "grouped_matmul gradient": _grouped_gradient,
   "expert_mlp decode": lambda: _expert_mlp(4),
+  "named barriers": _named_barriers,
 }
 
 

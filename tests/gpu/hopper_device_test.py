@@ -5,6 +5,7 @@
 Everything here is exact: the numbers are copied, or small integers.
 """
 
+import functools
 from unittest import mock
 
 import jax
@@ -153,6 +154,15 @@ class FragmentsTest(HopperDeviceTest):
   def test_what_is_put_is_got(self, *shape):
     values = rows(0, 5 * shape[0], shape[1], np.float32).reshape(5, *shape)
     self.assert_always(hopper_kernels.exchange, (values,), values)
+
+  @parameterized.parameters(1, 5)
+  def test_named_barriers_hand_over(self, count):
+    values = rows(0, count, 64, np.float32)
+    self.assert_always(
+      functools.partial(hopper_kernels.hand_over, blocks=3),
+      (values,),
+      np.broadcast_to(values, (3, *values.shape)),
+    )
 
   @parameterized.parameters((2, 32), (3, 64), (1, 128))
   def test_reductions(self, warpgroups, columns):

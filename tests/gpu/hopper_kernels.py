@@ -237,6 +237,41 @@ def exchange(values):
   )
 
 
+def hand_over(values, *, blocks):
+  """Each of `[n, 64]`, from one warpgroup to another, in every block.
+
+  One stores each in a place of its own and signals, the other synchronizes and
+  reads: PTX's example of a producer and a consumer, and nothing else.
+  """
+  count = values.shape[0]
+
+  def body(values, out, words):
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+    def put(i, _):
+      words.at[i][...] = _load(values.at[i], _BY_ROW)
+      copies.signal(_READ, 2)
+
+    def get(i, _):
+      copies.synchronize(_READ, 2)
+      out.at[block, i][...] = _load(words.at[i], _BY_ROW)
+
+    for number, role in enumerate((put, get)):
+
+      @pl.when(warpgroup == number)
+      def _(role=role):
+        lax.fori_loop(jnp.int32(0), jnp.int32(count), role, None)
+
+  return _call(
+    body,
+    jax.ShapeDtypeStruct((blocks, *values.shape), jnp.float32),
+    [plgpu.SMEM(values.shape, jnp.float32)],
+    (values,),
+    warpgroups=2,
+    blocks=blocks,
+  )
+
+
 def reduce_columns(values):
   """Maxima, sums and sums again of each `[n, 64, columns]`, a warpgroup each.
 

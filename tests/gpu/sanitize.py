@@ -50,9 +50,16 @@ def main(_):
 
 
 def sanitize(tool: str, call: str) -> device.Child:
-  """Runs one call under one tool."""
+  """Runs one call under one tool; once more where the tool itself crashed."""
+  child = _run(tool, call, f"{tool} {call}")
+  if sanitizer.has_crashed(tool, child):
+    child = _run(tool, call, f"{tool} {call} (second try: a crash)")
+  return child
+
+
+def _run(tool, call, name):
   return device.run_child(
-    f"{tool} {call}",
+    name,
     [
       *(sanitizer.COMMAND, "--tool", tool, "--target-processes", "all"),
       *device.python("-m", "tests.gpu.soak", f"--child={call}", "--launches=1"),

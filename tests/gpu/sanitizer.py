@@ -28,6 +28,17 @@ def check_tools(tools: list[str]):
     )
 
 
+def has_crashed(tool: str, child: device.Child) -> bool:
+  """Whether a signal ended the process before the tool said anything.
+
+  compute-sanitizer does that now and then, with one call in fifty, another one
+  each time.
+  """
+  return "exit status -" in child.fault and not TOOLS[tool][1].search(
+    child.output
+  )
+
+
 def verdict(tool: str, child: device.Child) -> tuple[bool, str]:
   """Whether a tool found nothing, and what it found, in a line or more."""
   noun, summary = TOOLS[tool]

@@ -59,6 +59,18 @@ class VerdictTest(parameterized.TestCase):
     self.assertIn(message, line)
 
 
+class HasCrashedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("", "  exit status -11", True),
+    ("", "  exit status 1", False),
+    ("", "", False),
+    (_ERROR, "  exit status -11", False),
+  )
+  def test_a_signal_and_no_summary(self, output, fault, crashed):
+    done = device.Child("memcheck top_k", not fault, 7.4, output, fault)
+    self.assertEqual(sanitizer.has_crashed("memcheck", done), crashed)
+
+
 class CheckTest(absltest.TestCase):
   def test_unknown_tool(self):
     with self.assertRaisesRegex(ValueError, r"`--tools`.*got \['leaks'\]"):
