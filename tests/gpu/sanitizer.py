@@ -31,8 +31,7 @@ def check_tools(tools: list[str]):
 def has_crashed(tool: str, child: device.Child) -> bool:
   """Whether a signal ended the process before the tool said anything.
 
-  compute-sanitizer does that now and then, with one call in fifty, another one
-  each time.
+  compute-sanitizer does that now and then, to another call each time.
   """
   return "exit status -" in child.fault and not TOOLS[tool][1].search(
     child.output
