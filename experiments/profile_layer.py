@@ -41,6 +41,12 @@ _KEY_DTYPES = flags.DEFINE_list(
   ["bfloat16"],
   "Dtypes of the index keys: bfloat16 (the model's dtype), float8_e4m3fn.",
 )
+_PHASES = flags.DEFINE_multi_enum(
+  "phases",
+  ["prefill", "decode"],
+  ["prefill", "decode"],
+  "What to profile; repeat the flag for several.",
+)
 _JOBS = flags.DEFINE_integer(
   "compile_jobs", 1, "Programs compiled at the same time.", lower_bound=1
 )
@@ -139,7 +145,8 @@ class Case:
 
 def all_cases(config):
   """Every context, phase and kind of layer; full ones for every key dtype."""
-  phases = _CHUNK_SIZE.value, 1
+  tokens_of = {"prefill": _CHUNK_SIZE.value, "decode": 1}
+  phases = [tokens_of[phase] for phase in _PHASES.value]
   for context, tokens in itertools.product(map(int, _CONTEXTS.value), phases):
     for keys in _KEY_DTYPES.value:
       chosen = config.replace(
@@ -275,14 +282,18 @@ def work_of(
   indexer = costs.indexer_costs(config)
   k = min(config.index_topk, context)
   heads, width = config.num_attention_heads, config.latent_dim
-  rows = tokens * config.num_experts_per_tok
+  # The kernel for few rows takes the shared experts too.
+  shared = config.n_shared_experts if tokens <= 64 else 0
+  experts = config.num_experts_per_tok + shared
   matrix = config.hidden_size * config.moe_intermediate_size
-  used = min(config.n_routed_experts, rows)
+  used = shared + min(
+    config.n_routed_experts, tokens * config.num_experts_per_tok
+  )
   rest = (
     costs.projection_flops(config)
     + (indexer.projection_flops if is_full else 0)
     + costs.mlp_flops(config, use_experts=True)
-    - 6 * matrix * config.num_experts_per_tok
+    - 6 * matrix * experts
   )
   return {
     "scores": (
@@ -295,7 +306,10 @@ def work_of(
       # From the second-level cache where that holds the rows.
       min(tokens * k, context) * width * itemsize,
     ),
-    "experts": (2 * rows * 3 * matrix, used * 3 * matrix * itemsize),
+    "experts": (
+      2 * tokens * experts * 3 * matrix,
+      used * 3 * matrix * itemsize,
+    ),
     # Each of its parameters is multiplied and added once a token.
     _REST: (tokens * rest, rest / 2 * itemsize),
   }

@@ -195,7 +195,7 @@ class SparseMLA(nn.Module):
     """`kv_b_proj` as the key part [V, N, nope] and the value part [V, N, v]."""
     cfg = self.config
     heads, nope = cfg.num_attention_heads, cfg.qk_nope_head_dim
-    kernel = KernelOnly(
+    kernel = linear.KernelOnly(
       cfg, (cfg.kv_lora_rank, heads * (nope + cfg.v_head_dim)), name="kv_b_proj"
     )()
     kernel = kernel.reshape(cfg.kv_lora_rank, heads, -1)
@@ -294,22 +294,3 @@ class SparseMLA(nn.Module):
       query_latent,
     )
     return IndexState(topk_indices), (None, None)
-
-
-class KernelOnly(nn.Module):
-  """A linear layer's kernel, for products that are not `x @ kernel`."""
-
-  config: config_lib.SparseTransformerConfig
-  shape: tuple[int, int]
-
-  @nn.compact
-  def __call__(self) -> Float[Array, "inputs outputs"]:
-    """Returns the kernel in the activations' dtype."""
-    cfg = self.config
-    kernel = self.param(
-      "kernel",
-      nn.initializers.normal(cfg.initializer_range),
-      self.shape,
-      cfg.param_dtype,
-    )
-    return kernel.astype(cfg.dtype)

@@ -56,6 +56,25 @@ class Float32Dense(nn.Module):
     return float32_product(rows, kernel)
 
 
+class KernelOnly(nn.Module):
+  """A linear layer's kernel, for products that are not `x @ kernel`."""
+
+  config: config_lib.SparseTransformerConfig
+  shape: tuple[int, int]
+
+  @nn.compact
+  def __call__(self) -> Float[Array, "inputs outputs"]:
+    """Returns the kernel in the activations' dtype."""
+    cfg = self.config
+    kernel = self.param(
+      "kernel",
+      nn.initializers.normal(cfg.initializer_range),
+      self.shape,
+      cfg.param_dtype,
+    )
+    return kernel.astype(cfg.dtype)
+
+
 def float32_product(
   rows: Float[Array, "*M in"], kernel: Float[Array, "in out"]
 ) -> Float32[Array, "*M out"]:

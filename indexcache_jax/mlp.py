@@ -52,7 +52,7 @@ class DenseMLP(nn.Module):
 
 
 class SparseMLP(nn.Module):
-  """Routed experts plus the shared ones."""
+  """Routed experts plus the shared ones, which the op takes together."""
 
   config: SparseTransformerConfig
 
@@ -62,11 +62,11 @@ class SparseMLP(nn.Module):
     cfg = self.config
     rows = hidden.reshape(-1, cfg.hidden_size)
     routing = Router(cfg, name="gate")(rows)
-    routed = Experts(cfg, name="experts")(rows, routing).reshape(hidden.shape)
-    if not cfg.n_shared_experts:
-      return routed
-    width = cfg.moe_intermediate_size * cfg.n_shared_experts
-    return routed + DenseMLP(cfg, width, name="shared_experts")(hidden)
+    shared = None
+    if cfg.n_shared_experts:
+      shared = SharedExpert(cfg, name="shared_experts")()
+    output = Experts(cfg, name="experts")(rows, routing, shared)
+    return output.reshape(hidden.shape)
 
 
 class Router(nn.Module):
@@ -159,9 +159,12 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(
-    self, rows: Float[Array, "M H"], routing: Routing
+    self,
+    rows: Float[Array, "M H"],
+    routing: Routing,
+    shared: pallas_kernels.SharedExpert | None,
   ) -> Float[Array, "M H"]:
-    """Returns the weighted sum of each row's experts."""
+    """Returns the weighted sum of each row's experts, plus the shared one."""
     cfg = self.config
     wide = (cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size)
     narrow = (wide[0], wide[2], wide[1])
@@ -178,4 +181,26 @@ class Experts(nn.Module):
         ("down_proj", narrow),
       )
     )
-    return expert_mlp(rows, routing.experts, routing.weights, gate, up, down)
+    return expert_mlp(
+      rows, routing.experts, routing.weights, gate, up, down, shared
+    )
+
+
+class SharedExpert(nn.Module):
+  """Matrices of the shared experts, with the parameters of a `DenseMLP`."""
+
+  config: SparseTransformerConfig
+
+  @nn.compact
+  def __call__(self) -> pallas_kernels.SharedExpert:
+    """Returns them in the activations' dtype."""
+    cfg = self.config
+    wide = (
+      cfg.hidden_size,
+      cfg.moe_intermediate_size * cfg.n_shared_experts,
+    )
+    return pallas_kernels.SharedExpert(
+      gate=linear.KernelOnly(cfg, wide, name="gate_proj")(),
+      up=linear.KernelOnly(cfg, wide, name="up_proj")(),
+      down=linear.KernelOnly(cfg, wide[::-1], name="down_proj")(),
+    )

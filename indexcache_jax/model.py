@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Int32
 
-from indexcache_jax import attention, decoder, norms, types
+from indexcache_jax import attention, decoder, linear, norms, types
 from indexcache_jax import cache as cache_lib
 from indexcache_jax import config as config_lib
 from pallas_kernels import numerics
@@ -64,7 +64,7 @@ class SparseTransformer(nn.Module):
       for layer in range(cfg.num_hidden_layers)
     ]
     self.norm = norms.RMSNorm(eps=cfg.rms_norm_eps, param_dtype=cfg.param_dtype)
-    self.lm_head = attention.KernelOnly(cfg, (cfg.hidden_size, cfg.vocab_size))
+    self.lm_head = linear.KernelOnly(cfg, (cfg.hidden_size, cfg.vocab_size))
 
   def __call__(
     self,

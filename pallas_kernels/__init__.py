@@ -11,6 +11,7 @@ further lowering, `shapes.py` (the shapes of real models). Letters in shapes:
 
 from pallas_kernels.dense_attention.api import dense_mla_residuals
 from pallas_kernels.expert_mlp.api import expert_mlp
+from pallas_kernels.expert_mlp.shared import SharedExpert
 from pallas_kernels.grouped.api import grouped_matmul
 from pallas_kernels.indexer.api import (
   indexer_scores,
@@ -35,6 +36,7 @@ from pallas_kernels.topk.api import top_k
 __all__ = [
   "PackedLatent",
   "QuantizedLatents",
+  "SharedExpert",
   "SparseMLAResiduals",
   "dense_mla_residuals",
   "dequantize_latents",

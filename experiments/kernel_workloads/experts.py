@@ -12,15 +12,15 @@ from experiments.kernel_workloads import base
 
 
 def expert_mlp() -> list[base.Workload]:
-  """From one token to a chunk of a prefill."""
+  """From one token to a chunk of a prefill, and with the shared expert."""
   experts, choices, width, inner = 64, 4, 2048, 1536
 
-  def make(key, tokens):
+  def make(key, tokens, with_shared):
     keys = jax.random.split(key, 5)
     # Every expert gets as many rows as another.
     chosen = jnp.arange(tokens * choices, dtype=jnp.int32) % experts
     matrix = inner**-0.5 * base.normal(keys[0], (3, experts, width, inner))
-    return (
+    args = (
       base.normal(keys[1], (tokens, width)),
       chosen.reshape(tokens, choices),
       jax.random.uniform(keys[2], (tokens, choices)),
@@ -28,6 +28,10 @@ def expert_mlp() -> list[base.Workload]:
       matrix[1],
       matrix[2].swapaxes(1, 2),
     )
+    if not with_shared:
+      return args
+    shared = inner**-0.5 * base.normal(keys[3], (3, width, inner))
+    return (*args, pk.SharedExpert(shared[0], shared[1], shared[2].T))
 
   def check(args, out):
     rows, chosen, weights, *matrices = args
@@ -36,25 +40,27 @@ def expert_mlp() -> list[base.Workload]:
       rows[few].astype(jnp.float32),
       chosen[few],
       weights[few],
-      *(x.astype(jnp.float32) for x in matrices),
+      *jax.tree.map(lambda x: x.astype(jnp.float32), matrices),
       implementation="xla",
     )
     return base.relative_error(out[few], expected)
 
-  def workload(tokens):
+  def workload(tokens, with_shared=False):
     expert = 3 * width * inner
     is_few = tokens <= 64
-    read = min(tokens * choices, experts) * expert * 2
+    read = (min(tokens * choices, experts) + with_shared) * expert * 2
     return base.Workload(
       op="expert_mlp",
-      name=f"{tokens} tokens, 4 of 64 experts 2048x1536",
-      make=functools.partial(make, tokens=tokens),
+      name=f"{tokens} tokens, 4 of 64 experts 2048x1536"
+      + (", one shared" if with_shared else ""),
+      make=functools.partial(make, tokens=tokens, with_shared=with_shared),
       function=pk.expert_mlp,
       error=check,
       tolerance=1e-2,
-      work=read if is_few else 2 * tokens * choices * expert,
+      work=read if is_few else 2 * tokens * (choices + with_shared) * expert,
       unit="TB/s" if is_few else "TFLOP/s",
       ceiling="copy" if is_few else "bfloat16",
     )
 
-  return [workload(tokens) for tokens in (1, 16, 64, 5000)]
+  alone = [workload(tokens) for tokens in (1, 16, 64, 5000)]
+  return alone + [workload(tokens, with_shared=True) for tokens in (1, 64)]

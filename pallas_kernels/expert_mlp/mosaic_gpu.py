@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.expert_mlp import mosaic_gpu_few_rows as few_rows
 from pallas_kernels.expert_mlp import reference
+from pallas_kernels.expert_mlp import shared as shared_lib
 from pallas_kernels.grouped import mosaic_gpu as grouped
 
 
@@ -19,6 +20,7 @@ def expert_mlp(
   gate: Float[Array, "G E F"],
   up: Float[Array, "G E F"],
   down: Float[Array, "G F E"],
+  shared: shared_lib.SharedExpert | None = None,
 ) -> Float[Array, "M E"]:
   """See `api.expert_mlp`.
 
@@ -28,8 +30,8 @@ def expert_mlp(
   """
   grouped.check(rows, gate)
   if len(rows) > few_rows.MAX_ROWS:
-    return _many_rows(rows, experts, weights, gate, up, down)
-  return _few_rows(rows, experts, weights, gate, up, down)
+    return _many_rows(rows, experts, weights, gate, up, down, shared)
+  return _few_rows(rows, experts, weights, gate, up, down, shared)
 
 
 _many_rows = functools.partial(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.expert_mlp import shared as shared_lib
 from pallas_kernels.grouped import reference as grouped_reference
 
 
@@ -18,6 +19,7 @@ def expert_mlp(
   gate: Float[Array, "G E F"],
   up: Float[Array, "G E F"],
   down: Float[Array, "G F E"],
+  shared: shared_lib.SharedExpert | None = None,
   grouped_matmul: Callable = grouped_reference.grouped_matmul,
 ) -> Float[Array, "M E"]:
   """See `api.expert_mlp`.
@@ -29,6 +31,7 @@ def expert_mlp(
     gate: matrices.
     up: matrices.
     down: matrices.
+    shared: the expert of all rows.
     grouped_matmul: product of sorted rows with each group's matrix.
   """
   order = jnp.argsort(experts.reshape(-1), stable=True)
@@ -38,7 +41,8 @@ def expert_mlp(
     grouped_matmul(sorted_rows, gate, sizes)
   ) * grouped_matmul(sorted_rows, up, sizes)
   outputs = grouped_matmul(inner, down, sizes)[jnp.argsort(order)]
-  return weighted_sum(outputs.reshape(*experts.shape, -1), weights)
+  routed = weighted_sum(outputs.reshape(*experts.shape, -1), weights)
+  return routed if shared is None else routed + shared_lib.output(rows, shared)
 
 
 def weighted_sum(

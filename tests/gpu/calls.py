@@ -200,12 +200,13 @@ def _grouped(num_rows):
 
 def _expert_mlp(num_rows):
   gate, up, down = _normal(0, 3, 16, 512, 512)
+  shared = pk.SharedExpert(*_normal(2, 3, 512, 512))
   experts = jnp.arange(num_rows * 4, dtype=jnp.int32).reshape(-1, 4) % 16
   return pk.expert_mlp, (
     _normal(1, num_rows, 512),
     experts,
     jnp.ones(experts.shape),
-    *(gate, up, down),
+    *(gate, up, down, shared),
   )
 
 

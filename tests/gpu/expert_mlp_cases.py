@@ -1,6 +1,6 @@
 # Copyright 2026 The indexcache_jax Authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`expert_mlp` at the experts of GLM-4.7-Flash and GLM-5."""
+"""`expert_mlp` of GLM-4.7-Flash and GLM-5, the shared expert included."""
 
 import functools
 
@@ -29,6 +29,11 @@ def cases() -> list[Case]:
         array((shape.experts, shape.width, shape.inner), jnp.bfloat16),
         array((shape.experts, shape.width, shape.inner), jnp.bfloat16),
         array((shape.experts, shape.inner, shape.width), jnp.bfloat16),
+        pallas_kernels.SharedExpert(
+          gate=array((shape.width, shape.inner), jnp.bfloat16),
+          up=array((shape.width, shape.inner), jnp.bfloat16),
+          down=array((shape.inner, shape.width), jnp.bfloat16),
+        ),
       ],
       subset=name == "glm_47_flash_decode",
       # JAX's kernel holds a word for each of 256 groups.

@@ -38,6 +38,11 @@ class MosaicGpuExpertMLPTest(expert_mlp_test.ExpertMLPTest):
       self.run_op(rows, experts, weights, *clean),
     )
 
+  def test_nan_in_the_shared_expert_reaches_every_row(self):
+    *args, shared = self.inputs(3, num_shared=1)
+    broken = shared._replace(down=shared.down.at[0].set(jnp.nan))
+    self.assertTrue(np.isnan(self.run_op(*args, broken)).all())
+
   def test_gradients_are_those_of_a_loop(self):
     self.skipTest("they are the sorted form's: tests/gpu runs them on a GPU")
 

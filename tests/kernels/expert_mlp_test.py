@@ -18,17 +18,24 @@ _expert_mlp = jax.jit(
 )
 
 
-def float64_loop(rows, experts, weights, gate, up, down):
+def float64_loop(rows, experts, weights, gate, up, down, shared=None):
   """A product for each row and choice, in float64."""
   rows, weights, gate, up, down = (
     np.asarray(x, np.float64) for x in (rows, weights, gate, up, down)
   )
+
+  def mlp(row, gate, up, down):
+    gated = row @ gate
+    return (gated / (1 + np.exp(-gated)) * (row @ up)) @ down
+
   out = np.zeros_like(rows)
   for row, choices in enumerate(np.asarray(experts)):
     for choice, expert in enumerate(choices):
-      gated = rows[row] @ gate[expert]
-      inner = gated / (1 + np.exp(-gated)) * (rows[row] @ up[expert])
-      out[row] += weights[row, choice] * (inner @ down[expert])
+      out[row] += weights[row, choice] * mlp(
+        rows[row], gate[expert], up[expert], down[expert]
+      )
+    if shared is not None:
+      out[row] += mlp(rows[row], *(np.asarray(x, np.float64) for x in shared))
   return out
 
 
@@ -38,7 +45,7 @@ class ExpertMLPTest(parameterized.TestCase):
   WIDTHS = (24, 40)
   ROWS = (1, 5, 64, 130)
 
-  def inputs(self, num_rows, num_experts=6, choices=2, seed=0):
+  def inputs(self, num_rows, num_experts=6, choices=2, seed=0, num_shared=0):
     rng = np.random.default_rng(seed)
     width, inner = self.WIDTHS
 
@@ -48,7 +55,7 @@ class ExpertMLPTest(parameterized.TestCase):
     experts = rng.permuted(
       np.tile(np.arange(num_experts), (num_rows, 1)), axis=1
     )[:, :choices]
-    return (
+    args = (
       normal(num_rows, width),
       jnp.asarray(experts, jnp.int32),
       jnp.asarray(rng.uniform(0.1, 1, (num_rows, choices)), jnp.float32),
@@ -56,6 +63,15 @@ class ExpertMLPTest(parameterized.TestCase):
       normal(num_experts, width, inner, scale=width**-0.5),
       normal(num_experts, inner, width, scale=inner**-0.5),
     )
+    if not num_shared:
+      return args
+    total = num_shared * inner
+    shared = pallas_kernels.SharedExpert(
+      normal(width, total, scale=width**-0.5),
+      normal(width, total, scale=width**-0.5),
+      normal(total, width, scale=total**-0.5),
+    )
+    return (*args, shared)
 
   def run_op(self, *args):
     return _expert_mlp(*args, implementation=self.IMPLEMENTATION)
@@ -73,6 +89,12 @@ class ExpertMLPTest(parameterized.TestCase):
     for num_rows in self.ROWS:
       with self.subTest(rows=num_rows):
         self.check(self.inputs(num_rows))
+
+  @parameterized.parameters(1, 2)
+  def test_shared_experts(self, num_shared):
+    for num_rows in self.ROWS:
+      with self.subTest(rows=num_rows):
+        self.check(self.inputs(num_rows, num_shared=num_shared))
 
   def test_a_row_costs_its_own_experts_alone(self):
     """Three grouped products of M J rows: no row meets all experts."""
@@ -97,20 +119,23 @@ class ExpertMLPTest(parameterized.TestCase):
     self.check((rows, jnp.broadcast_to(experts[:1], experts.shape), *rest))
 
   def test_gradients_are_those_of_a_loop(self):
-    args = self.inputs(5)
+    args = self.inputs(5, num_shared=1)
     experts = np.asarray(args[1])
 
-    def loop(rows, weights, gate, up, down):
+    def mlp(row, gate, up, down):
+      product = functools.partial(jnp.matmul, precision="highest")
+      inner = jax.nn.silu(product(row, gate)) * product(row, up)
+      return product(inner, down)
+
+    def loop(rows, weights, gate, up, down, shared):
       out = []
       for row, choices in enumerate(experts):
-        terms = []
-        for choice, expert in enumerate(choices):
-          product = functools.partial(jnp.matmul, precision="highest")
-          inner = jax.nn.silu(product(rows[row], gate[expert])) * product(
-            rows[row], up[expert]
-          )
-          terms.append(weights[row, choice] * product(inner, down[expert]))
-        out.append(sum(terms))
+        terms = [
+          weights[row, choice]
+          * mlp(rows[row], gate[expert], up[expert], down[expert])
+          for choice, expert in enumerate(choices)
+        ]
+        out.append(sum(terms) + mlp(rows[row], *shared))
       return jnp.stack(out)
 
     def op(rows, *rest):
@@ -120,9 +145,10 @@ class ExpertMLPTest(parameterized.TestCase):
       def loss(*args):
         return jnp.sum(form(*args).astype(jnp.float32) ** 2)
 
-      return jax.jit(jax.grad(loss, range(5)))(args[0], *args[2:])
+      return jax.jit(jax.grad(loss, range(6)))(args[0], *args[2:])
 
-    for actual, expected in zip(grads(op), grads(loop), strict=True):
+    pairs = zip(*map(jax.tree.leaves, (grads(op), grads(loop))), strict=True)
+    for actual, expected in pairs:
       scale = float(jnp.max(jnp.abs(expected)))
       np.testing.assert_allclose(
         np.asarray(actual, np.float32) / scale,
@@ -131,7 +157,8 @@ class ExpertMLPTest(parameterized.TestCase):
       )
 
   def test_errors(self):
-    rows, experts, weights, gate, up, down = self.inputs(3)
+    *args, shared = self.inputs(3, num_shared=1)
+    rows, experts, weights, gate, up, down = args
     with errors.unchecked():
       with self.assertRaisesRegex(ValueError, "one row a row of `rows`"):
         self.run_op(rows, experts, weights[1:], gate, up, down)
@@ -139,6 +166,17 @@ class ExpertMLPTest(parameterized.TestCase):
         self.run_op(rows, experts, weights, gate, up, up)
       with self.assertRaisesRegex(ValueError, "dtype of `rows`"):
         self.run_op(rows, experts, weights, gate.astype(jnp.float16), up, down)
+      for bad in (
+        shared._replace(gate=shared.gate[:-1]),
+        shared._replace(up=shared.up[:, :-1]),
+        shared._replace(down=shared.down.T),
+        type(shared)(*(x[:0] for x in shared)),
+        type(shared)(shared.gate[:, 1:], shared.up[:, 1:], shared.down[1:]),
+      ):
+        with self.assertRaisesRegex(ValueError, r"`shared` must be \[E, n F\]"):
+          self.run_op(*args, bad)
+      with self.assertRaisesRegex(ValueError, "`shared` must have the dtype"):
+        self.run_op(*args, shared._replace(up=shared.up.astype(jnp.float16)))
 
 
 if __name__ == "__main__":
