@@ -240,8 +240,10 @@ def exchange(values):
 def hand_over(values, *, blocks):
   """Each of `[n, 64]`, from one warpgroup to another, in every block.
 
-  One stores each in a place of its own and signals, the other synchronizes and
-  reads: PTX's example of a producer and a consumer, and nothing else.
+  One stores each in a place of its own and signals, the other synchronizes,
+  reads and signals back: PTX's example of a producer and a consumer, and no
+  more. Without the way back the first could signal twice before the other came,
+  which would complete the barrier without it.
   """
   count = values.shape[0]
 
@@ -251,10 +253,12 @@ def hand_over(values, *, blocks):
     def put(i, _):
       words.at[i][...] = _load(values.at[i], _BY_ROW)
       copies.signal(_READ, 2)
+      copies.synchronize(_FREE, 2)
 
     def get(i, _):
       copies.synchronize(_READ, 2)
       out.at[block, i][...] = _load(words.at[i], _BY_ROW)
+      copies.signal(_FREE, 2)
 
     for number, role in enumerate((put, get)):
 
