@@ -30,8 +30,12 @@ config = presets.PRESETS["tiny"]().replace(
   schedule=schedule.ReuseSchedule.all_full(1),
 )
 params = random_model.random_params(config)["layers_0"]
+flags.FLAGS["phases"].value = ["decode"]
+print({case.tokens for case in profile_layer.all_cases(config)}, "alone")
+flags.FLAGS["phases"].value = ["prefill", "decode"]
 cases = list(profile_layer.all_cases(config))
 print(len(cases), "cases")
+cases = [case for case in cases if case.context == 64]
 
 def times(program, *args):
   program(*args)
@@ -225,6 +229,7 @@ class BenchTest(scripts_test.ScriptCase):
     self.assert_succeeds(done)
     # Two contexts, two phases; full layers in two key dtypes, and shared ones.
     self.assertIn("12 cases\n", done.stdout)
+    self.assertIn("{1} alone\n", done.stdout)
     self.assertIn("projections and rest 4.0, scores 2.0, ", done.stdout)
     self.assertIn("selection 1.0, all 7.0\n", done.stdout)
 
