@@ -74,7 +74,12 @@ _BATCH_CONTEXTS = flags.DEFINE_list(
 _MAX_BATCH = flags.DEFINE_integer(
   "max_batch", 256, "Requests at most.", lower_bound=1
 )
-_PHASES = flags.DEFINE_list("phases", ["prefill", "decode"], "What to measure.")
+_PHASES = flags.DEFINE_multi_enum(
+  "phases",
+  ["prefill", "decode"],
+  ["prefill", "decode"],
+  "What to measure; repeat the flag for several.",
+)
 _PROFILE = flags.DEFINE_string(
   "profile",
   None,

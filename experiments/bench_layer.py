@@ -32,7 +32,12 @@ _CONTEXTS = flags.DEFINE_list(
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", ["default", "xla"], "Of the ops: names, or default."
 )
-_PHASES = flags.DEFINE_list("phases", ["forward", "backward"], "What to time.")
+_PHASES = flags.DEFINE_multi_enum(
+  "phases",
+  ["forward", "backward"],
+  ["forward", "backward"],
+  "What to time; repeat the flag for several.",
+)
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", "runs/layer", "Where layer.jsonl and layer.md go."
 )

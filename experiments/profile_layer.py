@@ -26,6 +26,7 @@ import indexcache_jax as ic
 import pallas_kernels
 from experiments import common, kernel_timing, provenance, random_model
 from indexcache_jax import attention, costs, decoder, presets
+from pallas_kernels.expert_mlp import mosaic_gpu_few_rows as few_rows
 
 _PRESET = flags.DEFINE_enum(
   "preset", "glm_47_flash_dsa", sorted(presets.PRESETS), "Whose layer."
@@ -283,7 +284,7 @@ def work_of(
   k = min(config.index_topk, context)
   heads, width = config.num_attention_heads, config.latent_dim
   # The kernel for few rows takes the shared experts too.
-  shared = config.n_shared_experts if tokens <= 64 else 0
+  shared = config.n_shared_experts if tokens <= few_rows.MAX_ROWS else 0
   experts = config.num_experts_per_tok + shared
   matrix = config.hidden_size * config.moe_intermediate_size
   used = shared + min(

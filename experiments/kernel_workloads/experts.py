@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from experiments.kernel_workloads import base
+from pallas_kernels.expert_mlp import mosaic_gpu_few_rows as few_rows
 
 
 def expert_mlp() -> list[base.Workload]:
@@ -47,7 +48,7 @@ def expert_mlp() -> list[base.Workload]:
 
   def workload(tokens, with_shared=False):
     expert = 3 * width * inner
-    is_few = tokens <= 64
+    is_few = tokens <= few_rows.MAX_ROWS
     read = (min(tokens * choices, experts) + with_shared) * expert * 2
     return base.Workload(
       op="expert_mlp",
